@@ -1,0 +1,484 @@
+"""A decoder-only transformer of the Llama family, its fused cross-entropy, and batched generation.
+
+    model = Transformer.from_pretrained("path/or/hub-id")   # Llama 2/3, SmolLM2, Mistral, Qwen2/2.5, Qwen3
+    losses = model(tokens, targets)                         # (B, T) float32, one loss a token
+    outputs = generate(model, [prompt_ids], max_new_tokens=64, stop_ids={eos})
+    model.save_pretrained("out")                            # a HF directory, loads anywhere
+
+Parameters carry Hugging Face's names and rotate-half RoPE layout, so a checkpoint loads with no renaming and
+no permuting. Batches are right-padded and attention is causal, so no attention mask exists while training: a
+real token never sees padding, and SDPA stays on its fast path.
+"""
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded as it is; the message names the file and the remedy."""
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Configuration: the keys of Hugging Face's config.json that matter to us, under their own names
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+                 "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# keys that change what a model computes, and the only values under which ours computes the same
+REQUIRED = {"hidden_act": ("silu",), "attention_dropout": (0, None), "pretraining_tp": (1, None),
+            "partial_rotary_factor": (1, None), "quantization_config": (None,)}
+
+
+@dataclass
+class Config:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None      # fewer than heads: grouped-query attention (GQA)
+    head_dim: int | None = None                 # default: hidden_size // num_attention_heads
+    model_type: str = "llama"                   # which family: a key of ARCHITECTURES
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None            # None, or Llama 3.1's {"rope_type": "llama3", "factor": ...}
+    tie_word_embeddings: bool = False           # the head is the embedding matrix
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None           # longest sequence for which full attention is what it was trained with
+    initializer_range: float = 0.02
+    other: dict = field(default_factory=dict)   # the rest of config.json (token ids, ...), carried through unchanged
+
+    def __post_init__(self):
+        if self.model_type not in ARCHITECTURES:
+            raise CheckpointError(f"model_type {self.model_type!r} is not supported; "
+                                  f"this file implements {', '.join(ARCHITECTURES)}.")
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise CheckpointError(f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                                  f"num_key_value_heads={self.num_key_value_heads}.")
+
+    @property
+    def qkv_bias(self) -> bool:
+        return self.attention_bias or self.model_type == "qwen2"
+
+    @classmethod
+    def from_hf(cls, hf: dict) -> "Config":
+        """The Config of a parsed config.json, written by transformers 4 or 5. Raises CheckpointError for what ours cannot be."""
+        hf = dict(hf)
+        rope = hf.pop("rope_parameters", None) or hf.pop("rope_scaling", None) or {}    # transformers 5, or 4
+        rope = dict(rope)
+        kind = rope.get("rope_type", rope.pop("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise CheckpointError(f"rope scaling {kind!r} is not supported; only the default and 'llama3' are.")
+        hf["rope_theta"] = rope.pop("rope_theta", hf.get("rope_theta", 10000.0))
+        hf["rope_scaling"] = rope if kind == "llama3" else None
+        for key, allowed in REQUIRED.items():
+            if hf.get(key, allowed[0]) not in allowed:
+                raise CheckpointError(f"{key}={hf[key]!r} in config.json is not supported; only {allowed[0]!r} is.")
+        # Qwen's configs name a window and switch it off; transformers 5 lists it per layer
+        layer_types = hf.get("layer_types") or []
+        if hf.get("use_sliding_window") is False or (layer_types and "sliding_attention" not in layer_types):
+            hf["sliding_window"] = None
+        own = {f.name for f in fields(cls)} - {"other"}
+        missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                               "num_attention_heads", "model_type") if k not in hf]
+        if missing:
+            raise CheckpointError(f"config.json lacks {', '.join(missing)}.")
+        return cls(**{k: v for k, v in hf.items() if k in own}, other={k: v for k, v in hf.items() if k not in own})
+
+    def to_hf(self, dtype: torch.dtype) -> dict:
+        """The config.json that transformers, vLLM and llama.cpp's converter read."""
+        hf = {"architectures": [ARCHITECTURES[self.model_type]], "hidden_act": "silu", **asdict(self), **self.other}
+        del hf["other"]
+        if hf["sliding_window"] is None and self.model_type != "mistral":
+            del hf["sliding_window"]                # mistral's own default is a window of 4,096: keep its null
+        hf.pop("dtype", None)
+        return hf | {"torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Rotary position embedding (Su et al. 2021), rotate-half layout
+
+def rope_frequencies(config: Config, device=None) -> torch.Tensor:
+    """Angular frequency of each pair of dimensions, radians a position: (head_dim/2,) float32."""
+    d = config.head_dim
+    freq = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float32, device=device) / d)
+    if config.rope_scaling:                         # Llama 3.1: slow the long waves down, keep the short, blend between
+        s = config.rope_scaling
+        wavelength = 2 * math.pi / freq
+        low, high, old_length = s["low_freq_factor"], s["high_freq_factor"], s["original_max_position_embeddings"]
+        blend = ((old_length / wavelength - low) / (high - low)).clamp(0, 1)    # 0: long wave, 1: short wave
+        freq = (1 - blend) * freq / s["factor"] + blend * freq
+    return freq
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate (B, n_head, T, head_dim) by its positions' angles; cos, sin: (B or 1, 1, T, head_dim/2) float32."""
+    x1, x2 = x.float().chunk(2, dim=-1)             # the two halves of a head, not its odd and even entries
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# The transformer
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.head_dim, self.gqa = c.head_dim, c.num_key_value_heads != c.num_attention_heads
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        qk_norm = c.model_type == "qwen3"
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin, cache=None):
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, n_head, T, head_dim)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)               # (B, n_kv_head, T, head_dim)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mask = None
+        if cache is not None:
+            k, v, mask = cache.extend(self, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.gqa)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                        # (B, T, hidden)
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        c = self.config = config
+        self.model = nn.ModuleDict({                # "model." is the prefix of HF's parameter names
+            "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
+            "layers": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
+            "norm": RMSNorm(c.hidden_size, c.rms_norm_eps)})
+        if not c.tie_word_embeddings:
+            self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=c.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @property
+    def head(self) -> torch.Tensor:
+        """The output matrix, (V, H)."""
+        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+
+    def hidden(self, tokens, positions=None, cache=None):
+        """Final hidden states (B, T, H) of tokens (B, T) int64; positions (B, T) default to 0, 1, 2, ..."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+            if self.config.sliding_window and tokens.shape[1] > self.config.sliding_window:
+                raise ValueError(f"a sequence of {tokens.shape[1]} tokens is longer than this checkpoint's sliding window "
+                                 f"of {self.config.sliding_window}, which is not implemented; lower --max-length.")
+        angle = positions[:, None, :, None] * rope_frequencies(self.config, tokens.device)  # (B or 1, 1, T, head_dim/2)
+        cos, sin = angle.cos(), angle.sin()
+        x = self.model.embed_tokens(tokens)                                                 # (B, T, H)
+        for block in self.model.layers:
+            x = block(x, cos, sin, cache)
+        return self.model.norm(x)
+
+    def forward(self, tokens, targets=None):
+        """Logits, or the loss of every token.
+
+        tokens: (B, T) int64, right-padded with any id. targets: (B, T) int64 already shifted (targets[b, t] follows
+        tokens[b, t]), -100 where nothing is scored. Returns logits (B, T, V) in the model's dtype, or, with targets,
+        losses (B, T) float32 in nats, 0 where the target is -100. Prompt and padding cost no logits.
+        """
+        x = self.hidden(tokens)
+        if targets is None:
+            return F.linear(x, self.head)
+        return fused_cross_entropy(x.flatten(0, 1), self.head, targets.flatten()).view_as(targets)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str, dtype=torch.float32, device="cpu") -> "Transformer":
+        """Load a HF directory (single file, or shards + index) or a hub id. Raises CheckpointError, naming the file."""
+        path = resolve(path_or_hub_id)
+        try:
+            with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
+                config = Config.from_hf(json.load(f))
+        except json.JSONDecodeError as e:
+            raise CheckpointError(f"{path}/config.json, line {e.lineno}, is not JSON ({e.msg}); copy it again.") from None
+        except CheckpointError as e:
+            raise CheckpointError(f"{path}: {e}") from None
+        with torch.device("meta"):
+            model = cls(config)
+        expected, state = model.state_dict(), {}
+        for file in checkpoint_files(path):
+            try:
+                with safe_open(file, framework="pt") as f:
+                    for name in f.keys():
+                        if name == "lm_head.weight" and config.tie_word_embeddings or name.endswith("rotary_emb.inv_freq"):
+                            continue                # some exporters write these copies; they are never read
+                        if name not in expected:
+                            raise CheckpointError(f"{file} holds {name}, which a {config.model_type} model does not have.")
+                        tensor = f.get_tensor(name)
+                        if tensor.shape != expected[name].shape:
+                            raise CheckpointError(f"{file}: {name} has shape {tuple(tensor.shape)}, "
+                                                  f"config.json asks for {tuple(expected[name].shape)}.")
+                        state[name] = tensor.to(device, dtype, copy=True)
+            except CheckpointError:
+                raise
+            except Exception as e:                  # safetensors raises its own type, OSError and others
+                raise CheckpointError(f"{file} cannot be read ({e}); it may be cut short: copy it again.") from None
+        missing = [name for name in expected if name not in state]
+        if missing:
+            raise CheckpointError(f"{path} lacks {len(missing)} parameters, the first {missing[0]}.")
+        model.load_state_dict(state, assign=True)
+        return model
+
+    @torch.no_grad()
+    def save_pretrained(self, path: str, max_shard_bytes: int = 5 * 2**30) -> None:
+        """Write config.json and model.safetensors (or shards + index) to the directory `path`, each file by rename."""
+        os.makedirs(path, exist_ok=True)
+        shards, sizes = [{}], [0]
+        for name, p in self.state_dict().items():
+            if sizes[-1] and sizes[-1] + p.nbytes > max_shard_bytes:
+                shards.append({}), sizes.append(0)
+            shards[-1][name] = p.contiguous().cpu()
+            sizes[-1] += p.nbytes
+        names = ["model.safetensors"] if len(shards) == 1 else [
+            f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        for shard, name in zip(shards, names):
+            save_file(shard, os.path.join(path, name + ".tmp"), metadata={"format": "pt"})
+            os.replace(os.path.join(path, name + ".tmp"), os.path.join(path, name))
+        if len(shards) > 1:
+            write_json(os.path.join(path, "model.safetensors.index.json"), {
+                "metadata": {"total_size": sum(sizes)},
+                "weight_map": {key: name for shard, name in zip(shards, names) for key in shard}})
+        write_json(os.path.join(path, "config.json"), self.config.to_hf(next(self.parameters()).dtype))
+
+
+def resolve(path_or_hub_id: str) -> str:
+    """The local directory of a checkpoint; a hub id is downloaded (huggingface_hub comes with tokenizers)."""
+    if os.path.isfile(os.path.join(path_or_hub_id, "config.json")):
+        return path_or_hub_id
+    if os.path.exists(path_or_hub_id) or path_or_hub_id.count("/") != 1 or path_or_hub_id[0] in "./~":
+        raise CheckpointError(f"{path_or_hub_id} is not a model: no config.json there. "
+                              "Give a Hugging Face directory or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct.")
+    from huggingface_hub import snapshot_download
+    try:
+        return snapshot_download(path_or_hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+    except Exception as e:
+        reason = str(e).strip().split("\n")[0] or type(e).__name__
+        raise CheckpointError(f"{path_or_hub_id} is neither a local directory nor could it be downloaded ({reason}).") from None
+
+
+def checkpoint_files(path: str) -> list[str]:
+    """The safetensors files of a HF directory, in order."""
+    index = os.path.join(path, "model.safetensors.index.json")
+    if os.path.isfile(os.path.join(path, "model.safetensors")):
+        return [os.path.join(path, "model.safetensors")]
+    if not os.path.isfile(index):
+        raise CheckpointError(f"{path} holds no model.safetensors (nor its index); convert older .bin weights first.")
+    with open(index, encoding="utf-8") as f:
+        return [os.path.join(path, name) for name in sorted(set(json.load(f)["weight_map"].values()))]
+
+
+def write_json(path: str, content) -> None:
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=2, ensure_ascii=False)
+        f.write("\n")
+    os.replace(path + ".tmp", path)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Fused linear cross-entropy. Lifts out of this file with `import torch` alone.
+
+def fused_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                        ignore_index: int = -100) -> torch.Tensor:
+    """Cross-entropy of `hidden @ weight.T` per token, without ever holding all the logits.
+
+    hidden: (N, H). weight: (V, H). targets: (N,) int64, `ignore_index` where nothing is scored.
+    Returns losses (N,) float32, in nats, 0 where ignored. Any gradient per token may come back.
+
+    Two passes of the head instead of one: RFT weighs tokens by their losses, so the gradients cannot be made during
+    forward (Liger's trick); backward recomputes each chunk's logits. Cost: 8 N V H floating-point operations, N the
+    scored tokens alone, against 6 N V H for the plain way over all tokens, and one chunk of logits instead of ~13 N V bytes.
+
+    Losses are float32 whatever the inputs, since SHAD subtracts two of them: rounding logits to bf16 costs 0.02 nats.
+    torch >= 2.13 has `F.linear_cross_entropy`; with reduction="none" it returns losses in the input's dtype (0.06 nats of
+    error in bf16) and its chunked path sums grad_weight in that dtype, which is why it is not called here.
+    """
+    return _FusedCrossEntropy.apply(hidden, weight, targets, ignore_index)
+
+
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}      # of float32 logits; on CPUs a chunk should fit the cache
+
+
+def _chunk_rows(weight: torch.Tensor) -> int:
+    """Rows of a chunk: what fits the budget, rounded down to a power of two."""
+    budget = CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cuda"])
+    return 2 ** int(math.log2(max(1, budget // (4 * weight.shape[0]))))
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b accumulated and returned in float32 (float64 stays), without rounding to bf16 on the way."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda and torch.__version__ >= "2.8":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, ignore_index):
+        device = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        with torch.autocast(device, enabled=False):
+            kept = (targets != ignore_index).nonzero().squeeze(1)               # (n,) rows that are scored
+            w = weight.to(ctx.dtype)                                            # (V, H)
+            lse = torch.empty(len(kept), dtype=torch.float64 if w.dtype == torch.float64 else torch.float32,
+                              device=hidden.device)
+            losses = hidden.new_zeros(len(hidden), dtype=torch.float32)
+            for i in range(0, len(kept), _chunk_rows(w)):
+                rows = kept[i:i + _chunk_rows(w)]
+                logits = _mm(hidden[rows].to(ctx.dtype), w.T)                   # (chunk, V) float32
+                target_logit = logits.gather(1, targets[rows, None]).squeeze(1)
+                peak = logits.amax(1)
+                total = logits.sub_(peak[:, None]).exp_().sum(1)                # in place: no second (chunk, V)
+                lse[i:i + len(rows)] = peak + total.log()
+                losses[rows] = (lse[i:i + len(rows)] - target_logit).float()    # loss = lse - logit[target]
+        ctx.save_for_backward(hidden, weight, targets, kept, lse)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, kept, lse = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        with torch.autocast(hidden.device.type, enabled=False):
+            w = weight.to(ctx.dtype)
+            grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+            grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if need_weight else None    # float32 sum over chunks
+            for i in range(0, len(kept), _chunk_rows(w)):
+                rows = kept[i:i + _chunk_rows(w)]
+                h = hidden[rows].to(ctx.dtype)
+                d = _mm(h, w.T).sub_(lse[i:i + len(rows), None]).exp_()         # softmax
+                d[torch.arange(len(rows), device=d.device), targets[rows]] -= 1                 # - onehot
+                d = d.mul_(grad[rows, None]).to(ctx.dtype)                      # (chunk, V), cast once
+                if need_hidden:
+                    grad_hidden[rows] = (d @ w).to(hidden.dtype)
+                if need_weight:
+                    if d.dtype == grad_weight.dtype:
+                        grad_weight.addmm_(d.T, h)
+                    else:
+                        grad_weight += _mm(d.T, h)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Generation
+
+class KVCache:
+    """Keys and values of a batch whose rows have unequal lengths: row b fills its first lengths[b] places."""
+
+    def __init__(self, lengths: torch.Tensor, capacity: int):
+        self.lengths, self.capacity, self.store = lengths, capacity, {}
+        self.rows = torch.arange(len(lengths), device=lengths.device)
+
+    def extend(self, layer, k, v):
+        """Store k, v (B, n_kv_head, T, head_dim); return what this layer attends to, and the mask (None: causal)."""
+        if layer not in self.store:                     # prefill: right-padded prompts, causal, no mask needed
+            room = (*k.shape[:2], self.capacity, k.shape[3])
+            self.store[layer] = k.new_zeros(room), v.new_zeros(room)
+            for full, new in zip(self.store[layer], (k, v)):
+                full[:, :, :k.shape[2]] = new
+            return k, v, None
+        keys, values = self.store[layer]                # decode: one new token a row, over what padding was there
+        keys[self.rows, :, self.lengths], values[self.rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
+        used = int(self.lengths.max()) + 1
+        mask = torch.arange(used, device=k.device) <= self.lengths[:, None]             # (B, used)
+        return keys[:, :, :used], values[:, :, :used], mask[:, None, None]
+
+    def keep(self, rows):
+        """Drop the rows that have finished."""
+        self.lengths, self.rows = self.lengths[rows], self.rows[:len(rows)]
+        self.store = {layer: (k[rows], v[rows]) for layer, (k, v) in self.store.items()}
+
+
+@torch.no_grad()
+def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, stop_ids,
+             temperature: float = 0.0) -> list[list[int]]:
+    """Continue each prompt (token ids; the lengths may differ), as one batch with a KV cache.
+
+    Greedy at temperature 0, else sampled from softmax(logits / temperature) with torch's global generator. Returns the new
+    ids of each prompt, without the prompt and without the stop id that ended it. Raises ValueError on an empty prompt.
+    """
+    if not prompts or max_new_tokens < 1:
+        return [[] for _ in prompts]
+    if not all(prompts):
+        raise ValueError("an empty prompt cannot be continued; give it at least one token (the bos token, say).")
+    device = model.head.device
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    tokens = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64, device=device)
+    for b, prompt in enumerate(prompts):
+        tokens[b, :len(prompt)] = torch.tensor(prompt)
+    outputs, alive, stop_ids = [[] for _ in prompts], list(range(len(prompts))), set(stop_ids)
+
+    cache = KVCache(lengths, tokens.shape[1] + max_new_tokens)
+    x = model.hidden(tokens, cache=cache)[cache.rows, lengths - 1]                      # (B, H), each row's last token
+    while True:
+        logits = F.linear(x, model.head).float()                                        # (B, V)
+        new = logits.argmax(-1) if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(1)
+        going = []
+        for row, (b, token) in enumerate(zip(alive, new.tolist())):
+            if token not in stop_ids:
+                outputs[b].append(token)
+                if len(outputs[b]) < max_new_tokens:
+                    going.append(row)
+        if not going:
+            return outputs
+        if len(going) < len(alive):
+            alive = [alive[row] for row in going]
+            going = torch.tensor(going, device=device)
+            new = new[going]
+            cache.keep(going)
+        x = model.hidden(new[:, None], positions=cache.lengths[:, None], cache=cache)[:, -1]    # (B, H)
+        cache.lengths = cache.lengths + 1
