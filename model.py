@@ -9,12 +9,14 @@ Parameters carry Hugging Face's names and rotate-half RoPE layout, so a checkpoi
 no permuting. Batches are right-padded and attention is causal, so no attention mask exists while training: a
 real token never sees padding, and SDPA stays on its fast path.
 """
+import atexit
 import json
 import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -215,8 +217,8 @@ class Transformer(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
             if self.config.sliding_window and tokens.shape[1] > self.config.sliding_window:
-                raise ValueError(f"a sequence of {tokens.shape[1]} tokens is longer than this checkpoint's sliding window "
-                                 f"of {self.config.sliding_window}, which is not implemented; lower --max-length.")
+                raise CheckpointError(f"a sequence of {tokens.shape[1]} tokens is longer than this checkpoint's sliding window "
+                                      f"of {self.config.sliding_window}, which is not implemented; lower --max-length.")
         angle = positions[:, None, :, None] * rope_frequencies(self.config, tokens.device)  # (B or 1, 1, T, head_dim/2)
         cos, sin = angle.cos(), angle.sin()
         x = self.model.embed_tokens(tokens)                                                 # (B, T, H)
@@ -411,6 +413,45 @@ class _FusedCrossEntropy(torch.autograd.Function):
                     else:
                         grad_weight += _mm(d.T, h)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Data parallel: every rank holds the model and works on its share of a batch; sums over ranks make it one batch
+
+def init_distributed() -> torch.device:
+    """Start torch.distributed where torchrun started us; the device of this process."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return device
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(*tensors: torch.Tensor) -> None:
+    """Replace each tensor by its sum over all ranks, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """The gradients of the global batch: each rank's share summed. A rank with nothing to score takes part with zeros."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    sum_over_ranks(*(p.grad for p in model.parameters()))
+
+
+def mixed_precision(device: torch.device):
+    """bf16 matrix products on CUDA, float32 on CPUs (where bf16 is slower); weights and losses stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 # -----------------------------------------------------------------------------------------------------------------
