@@ -16,14 +16,13 @@ import time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import eval
 import shad
-from data import (DataError, Dataset, collate, copy_tokenizer, epoch_batches, load_labels, micro_batches, option, parse_options,
-                  run_script, toy_samples, Renderer)
+from data import (DataError, Dataset, Renderer, collate, copy_tokenizer, epoch_batches, load_labels, micro_batches, option,
+                  parse_options, run_script, toy_samples)
 from model import (CheckpointError, Transformer, init_distributed, mixed_precision, rank_and_world, resolve, sum_gradients,
                    sum_over_ranks, write_json)
 from rft import METHODS, group_losses, group_weights
@@ -219,9 +218,8 @@ def reproduce(out: str = "out", seed: int = 0) -> dict:
     if rank == 0:
         with open(os.path.join(out, "labels", "summary.json"), encoding="utf-8") as f:
             labels = json.load(f)
-        fresh = [i for i in range(len(dataset.samples))][:12]
         body = (f"<pre>{shad.describe(labels)}</pre>" + eval.report_html(runs, summaries) + f"<h2>What SHAD found</h2>{shad.KEY}"
-                + "".join(shad.sample_html(dataset, i, difference, 0.0) for i in fresh))
+                + "".join(shad.sample_html(dataset, i, difference, 0.0) for i in range(12)))
         shad.write_page(os.path.join(out, "report.html"), "SHAD + RFT on the toy", body)
         write_json(os.path.join(out, "summary.json"), {"seed": seed, "shad": labels, "models": summaries})
         say(f"\n{shad.describe(labels)}\n\n{eval.format_table(eval.comparison_rows(summaries))}\n\n"

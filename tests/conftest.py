@@ -1,0 +1,31 @@
+"""One thread a process (small matrices), the repository's root on sys.path, no network."""
+import os
+import sys
+
+for key, value in {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}.items():
+    os.environ[key] = value                         # subprocesses inherit them
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import pytest
+import torch
+
+import tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def chatml(tmp_path_factory):
+    """A tiny random checkpoint whose tokenizer has the ChatML tokens."""
+    return tiny.make_checkpoint(tmp_path_factory.mktemp("chatml"))
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """A tiny random checkpoint whose tokenizer has an eos token and no ChatML tokens."""
+    return tiny.make_checkpoint(tmp_path_factory.mktemp("plain"), chatml=False)
