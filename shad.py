@@ -182,7 +182,7 @@ def write_page(path: str, title: str, body: str) -> None:
 
 
 # boilerplate is of two kinds: format (field markers, JSON keys, brackets and quotes), and template-connecting words
-FORMAT = re.compile(r'^[ \t]*[A-Z][\w ]{0,30}:|"[^"\n]{0,40}"(?=\s*:)|[{}\[\]"]+[:,\s]*|\s+', re.MULTILINE)
+FORMAT = re.compile(r'^[ \t]*[A-Z][\w ]{0,30}:|"[^"\n]{0,40}"\s*:|[{}\[\]"][:,]*|\s+', re.MULTILINE)
 KEY = ('<p><span class="key reasoning">reasoning</span><span class="key format">boilerplate: format</span>'
        '<span class="key connecting">boilerplate: connecting</span></p>')
 

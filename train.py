@@ -208,13 +208,11 @@ def reproduce(out: str = "out", seed: int = 0) -> dict:
     reasoning = shad.classify(difference)
 
     runs, summaries = {}, {}
-    if rank == 0:
-        summaries["base"], _ = eval.evaluate_toy(base(), dataset.renderer, TOY_EVAL, seed=EVAL_SEED + seed)
+    summaries["base"], _ = eval.evaluate_toy(base(), dataset.renderer, TOY_EVAL, seed=EVAL_SEED + seed)
     for method in ("sft", "rft"):
         model = base()
         runs[method.upper()] = train(model, dataset, reasoning, replace(common, method=method, out=os.path.join(out, method)))
-        if rank == 0:
-            summaries[method.upper()], _ = eval.evaluate_toy(model, dataset.renderer, TOY_EVAL, seed=EVAL_SEED + seed)
+        summaries[method.upper()], _ = eval.evaluate_toy(model, dataset.renderer, TOY_EVAL, seed=EVAL_SEED + seed)
     if rank == 0:
         with open(os.path.join(out, "labels", "summary.json"), encoding="utf-8") as f:
             labels = json.load(f)

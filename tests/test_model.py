@@ -105,7 +105,9 @@ def test_saved_config_keeps_what_it_does_not_know(tmp_path, theirs):
     with open(tmp_path / "config.json", encoding="utf-8") as f:
         hf = json.load(f)
     assert hf["architectures"] == [type(model).__name__] and hf["eos_token_id"] == 1 and hf["torch_dtype"] == "bfloat16"
-    assert next(load_in_transformers(tmp_path).parameters()).dtype == torch.float32     # asked for; the file is bf16
+    config = load_in_transformers(tmp_path).config
+    for key in ("rope_parameters", "sliding_window", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "attention_bias"):
+        assert getattr(config, key, None) == getattr(model.config, key, None), key
 
 
 # -----------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data import NOUNS, POOLS, VERBS, toy_tokenizer, toy_words
 from model import Config, Transformer
 
-STEPS, ROWS, LENGTH, LR, INIT, SEED = 3500, 16, 144, 3e-3, 0.06, 0
+STEPS, ROWS, LENGTH, LR, INIT, SEED = 3000, 16, 144, 3e-3, 0.06, 0
 FIRST = 400         # steps in which copying comes first
 GUESS = 0.2         # weight of the words that a call's format makes up, which can only be guessed
 PLAIN = [w for w in toy_words() if w[0].isalpha() and w not in VERBS + NOUNS]
@@ -133,7 +133,7 @@ def main():
     rng, tokenizer = random.Random(SEED), toy_tokenizer()
     vocab, out = tokenizer.get_vocab(), os.path.dirname(os.path.abspath(__file__))
     model = Transformer(Config(
-        vocab_size=len(vocab), hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=len(vocab), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
         tie_word_embeddings=True, max_position_embeddings=512, attention_bias=True, initializer_range=INIT,
         other={"bos_token_id": None, "eos_token_id": vocab["<|im_end|>"]}))
     look_back(model)
