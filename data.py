@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 
@@ -485,8 +485,8 @@ def save_labels(directory: str, loss_difference: np.ndarray, dataset: Dataset, b
     """Write labels.safetensors: loss_difference (output tokens,) float32 in data order, offsets (samples + 1,) int64."""
     metadata = dataset.fingerprint | {"base_model": base_model, "threshold": str(threshold), "seed": str(seed)}
     path = os.path.join(directory, "labels.safetensors")
-    save_file({"loss_difference": loss_difference.astype(np.float32), "offsets": dataset.offsets.astype(np.int64)},
-              path + ".tmp", metadata=metadata)
+    with open(path + ".tmp", "wb") as f:
+        f.write(save({"loss_difference": loss_difference.astype(np.float32), "offsets": dataset.offsets.astype(np.int64)}, metadata))
     os.replace(path + ".tmp", path)
 
 

@@ -289,6 +289,7 @@ class Transformer(nn.Module):
             f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         for shard, name in zip(shards, names):
             save_file(shard, os.path.join(path, name + ".tmp"), metadata={"format": "pt"})
+            os.chmod(os.path.join(path, name + ".tmp"), 0o644)      # safetensors makes it readable by its owner alone
             os.replace(os.path.join(path, name + ".tmp"), os.path.join(path, name))
         if len(shards) > 1:
             write_json(os.path.join(path, "model.safetensors.index.json"), {

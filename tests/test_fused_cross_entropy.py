@@ -76,6 +76,15 @@ def test_bf16_losses_are_float32(chunk_rows):
     assert relative(hidden.grad, grad_hidden) < 2 ** -8 and relative(weight.grad, grad_weight) < 2 ** -8
 
 
+def test_bf16_weight_gradient_is_summed_in_float32(monkeypatch):
+    """500 chunks whose gradients all point one way: summed in bf16, the last ones would be rounded away."""
+    monkeypatch.setitem(model.CHUNK_BYTES, "cpu", 4 * V)
+    hidden, weight = torch.rand(500, H).bfloat16(), torch.randn(V, H).bfloat16().requires_grad_()
+    targets, upstream = torch.randint(V, (500,)), torch.rand(500)
+    fused_cross_entropy(hidden, weight, targets).backward(upstream)
+    assert relative(weight.grad, oracle(hidden, weight, targets, upstream)[2]) < 2 ** -8
+
+
 def test_autocast_bf16_with_float32_weights(chunk_rows):
     hidden, weight, targets, upstream = inputs()
     with torch.autocast("cpu", torch.bfloat16):

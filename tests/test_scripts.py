@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from data import Dataset, toy_samples
 from model import Transformer
-from tiny import apigen, make_checkpoint, write
+from tiny import apigen, make_checkpoint, make_model, make_tokenizer, write
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FIELDS = {"step", "loss", "loss_reasoning", "loss_boilerplate", "weight_reasoning", "weight_boilerplate", "lr", "grad_norm", "tokens_per_s"}
@@ -205,6 +205,7 @@ def test_eval_toy_predictions(work, tmp_path):
     ("train.py", "--model model --data broken.jsonl --out o", "broken.jsonl, line 2"),
     ("shad.py", "--model missing --data data.json --out o", "missing"),
     ("shad.py", "--model truncated --data data.json --out o", "truncated/model.safetensors"),
+    ("train.py", "--model small --data data.json --method sft --out o", "small"),
     ("train.py", "--model model --data data.json[:9] --labels labels --out o", "data differs"),
     ("train.py", "--model model --data data.json --labels data.json --out o", "data.json"),
     ("train.py", "--model model --data data.json --max-length 5 --out o", "--max-length"),
@@ -216,6 +217,9 @@ def test_eval_toy_predictions(work, tmp_path):
 def test_bad_input(work, rft, script, arguments, said):
     write(work / "broken.jsonl", json.dumps(apigen(1)[0]) + "\n{oops\n")
     write(work / "null.jsonl", json.dumps({"id": toy_samples(1, 1)[0].id, "output": None}))
+    if "small" in arguments:                                # fewer embeddings than its tokenizer has tokens
+        make_tokenizer((work / "small").mkdir() or work / "small")
+        make_model(100).save_pretrained(str(work / "small"))
     if "truncated" in arguments:
         make_checkpoint((work / "truncated").mkdir() or work / "truncated")
         with open(work / "truncated" / "model.safetensors", "r+b") as f:
