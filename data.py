@@ -94,15 +94,17 @@ def read_records(path: str):
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(f"{path} cannot be read ({getattr(e, 'strerror', None) or 'not UTF-8 text'}).") from None
     try:
-        if text.lstrip()[:1] == "[":
-            for i, record in enumerate(json.loads(text)):
+        line, rows = 0, [row for row in text.split("\n") if row.strip()]
+        if text.lstrip()[:1] == "[" or rows and rows[0].strip() == "{":        # one JSON document: a list, or a single record
+            content = json.loads(text)
+            for i, record in enumerate(content if isinstance(content, list) else [content]):
                 yield f"{path}, record {i + 1}", record
         else:
             for line, row in enumerate(text.split("\n"), 1):
                 if row.strip():
                     yield f"{path}, line {line}", json.loads(row)
     except json.JSONDecodeError as e:
-        line = e.lineno if text.lstrip()[:1] == "[" else line
+        line = line or e.lineno
         raise DataError(f"{path}, line {line}: not JSON ({e.msg}); mend the line, or export the file again.") from None
 
 
@@ -112,13 +114,13 @@ def read_record(record: dict, index: int) -> Sample:
         raise DataError(f"a {type(record).__name__} where an object was expected.")
     name, messages = str(record.get("id", index)), []
     if "query" in record and "answers" in record:                                   # APIGen / xlam-function-calling-60k
-        messages = [Message("system", TOOL_PROMPT.format(record["tools"])), Message("user", record["query"]),
-                    Message("assistant", record["answers"], call_parts(record["answers"]))]
+        tools, answers = as_json(record["tools"]), as_json(record["answers"])
+        messages = [Message("system", TOOL_PROMPT.format(tools)), Message("user", record["query"]),
+                    Message("assistant", answers, call_parts(answers))]
     elif "conversations" in record:                                                 # ToolBench, ShareGPT
         system = [record["system"]] if record.get("system") else []
         if record.get("tools") not in (None, "", "[]", []):                         # ShareGPT's tool-calling variant
-            tools = record["tools"] if isinstance(record["tools"], str) else json.dumps(record["tools"], ensure_ascii=False)
-            system.append(TOOL_PROMPT.format(tools))
+            system.append(TOOL_PROMPT.format(as_json(record["tools"])))
         if system:
             messages.append(Message("system", "\n\n".join(system)))
         for turn in record["conversations"]:
@@ -146,6 +148,11 @@ def read_record(record: dict, index: int) -> Sample:
         if not isinstance(m.text, str):
             raise DataError(f"a {m.role} text is a {type(m.text).__name__}, not a string.")
     return Sample(name, messages)
+
+
+def as_json(value) -> str:
+    """Tools and calls come as JSON strings, or already parsed."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]|[^\s"{}\[\]:,]+|\s+')
@@ -335,19 +342,22 @@ class Renderer:
                 raise DataError(f"{file} has no <|im_start|> and <|im_end|>; use --template plain.")
             self.start, self.end = [start], end
         else:
-            self.start, self.end = [], self.eos_id(directory)
+            self.start, self.end = [], self.setting("eos_token_id")
+            if self.end is None:
+                raise DataError(f"{directory} names no eos_token_id in config.json; the plain template needs it to end a turn.")
+        self.vocab_size = self.setting("vocab_size")
         mask = (probe := self.tokenizer.encode("a")).special_tokens_mask
         self.bos = probe.ids[:mask.index(0)] if 0 in mask else []        # what the tokenizer itself puts first
 
-    def eos_id(self, directory: str) -> int:
+    def setting(self, key: str) -> int | None:
+        """A number of the checkpoint's JSON files (the first, of a list)."""
         for name in ("generation_config.json", "config.json"):
-            path = os.path.join(directory, name)
+            path = os.path.join(self.directory, name)
             if os.path.isfile(path):
                 with open(path, encoding="utf-8") as f:
-                    eos = json.load(f).get("eos_token_id")
-                if eos is not None:
-                    return eos[0] if isinstance(eos, list) else eos
-        raise DataError(f"{directory} names no eos_token_id in config.json; the plain template needs it to end a turn.")
+                    value = json.load(f).get(key)
+                if value is not None:
+                    return value[0] if isinstance(value, list) else value
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -373,6 +383,9 @@ class Renderer:
             if self.start or m.role == "assistant":
                 add([self.end], m.is_output, ["format"] if m.parts and m.is_output else None)
             add(self.encode("\n" if self.start else "\n\n"), False)
+        if self.vocab_size and ids and max(ids) >= self.vocab_size:
+            raise DataError(f"{self.directory}: the tokenizer gives id {max(ids)}, but the model has {self.vocab_size} embeddings; "
+                            "the two do not belong together.")
         return ids, is_output, roles
 
 
@@ -496,9 +509,10 @@ def load_labels(path: str, dataset: Dataset) -> tuple[np.ndarray, float]:
     path = os.path.join(path, "labels.safetensors") if os.path.isdir(path) else path
     try:
         with safe_open(path, framework="np") as f:
-            metadata, difference, offsets = f.metadata(), f.get_tensor("loss_difference"), f.get_tensor("offsets")
+            metadata, difference, offsets = f.metadata() or {}, f.get_tensor("loss_difference"), f.get_tensor("offsets")
+            threshold = float(metadata["threshold"])
     except Exception as e:
-        raise DataError(f"{path} cannot be read as labels ({e}); make it with shad.py.") from None
+        raise DataError(f"{path} cannot be read as labels ({type(e).__name__}: {e}); make it with shad.py.") from None
     differs = [key for key, value in dataset.fingerprint.items() if metadata.get(key) != value]
     if differs:
         raise DataError(f"{path} does not fit: its {' and '.join(differs)} differ{'s' * (len(differs) == 1)} from this run's; "
@@ -507,7 +521,7 @@ def load_labels(path: str, dataset: Dataset) -> tuple[np.ndarray, float]:
         i = int(np.flatnonzero(np.diff(offsets) != np.diff(dataset.offsets))[0])
         raise DataError(f"{path} does not fit: sample {dataset.samples[i].id!r} is in only one of the two; "
                         "use the --max-length that shad.py was run with.")
-    return difference, float(metadata["threshold"])
+    return difference, threshold
 
 
 def copy_tokenizer(source: str, target: str) -> None:

@@ -164,6 +164,8 @@ def main():
     if o.bench == "toy" and o.predictions:
         try:
             outputs = {str(r["id"]): r["output"] for _, r in read_records(o.predictions)}
+            if not all(isinstance(text, str) for text in outputs.values()):
+                raise TypeError
         except (KeyError, TypeError):
             raise DataError(f'{o.predictions}: every line must be {{"id": ..., "output": "text"}}.') from None
         verdicts = toy_success(outputs, {"held_in": toy_samples(o.count, o.seed), "held_out": toy_samples(o.count, o.seed, held_out=True)})

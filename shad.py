@@ -13,6 +13,7 @@ Ye et al. 2024 (arXiv 2412.14780), three steps:
 import html
 import os
 import re
+import shlex
 from dataclasses import dataclass
 
 import numpy as np
@@ -254,7 +255,8 @@ def main():
     run(o, dataset, model)
     if rank == 0:
         print(f"\nwrote {o.out}/labels.safetensors, summary.json and labels.html (open it in a browser). Next:\n  "
-              f"python train.py --model {o.model} --data {' '.join(o.data)} --method rft --labels {o.out} --out OUT")
+              f"python train.py --model {o.model} --data {' '.join(map(shlex.quote, o.data))} --max-length {o.max_length} "
+              f"--template {o.template} --method rft --labels {o.out} --out OUT")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, processors
 
 import data
@@ -409,7 +410,7 @@ def test_files_that_are_no_labels_are_refused(dataset, chatml, tmp_path):
         load_labels(str(tmp_path / "nowhere"), dataset)
     with pytest.raises(DataError, match="model.safetensors"):
         load_labels(chatml + "/model.safetensors", dataset)
-    data.save_file({"loss_difference": np.zeros(3, np.float32), "offsets": np.arange(4)}, str(tmp_path / "bare.safetensors"))
+    save_file({"loss_difference": np.zeros(3, np.float32), "offsets": np.arange(4)}, str(tmp_path / "bare.safetensors"))
     with pytest.raises(DataError, match="bare.safetensors"):
         load_labels(str(tmp_path / "bare.safetensors"), dataset)
 

@@ -106,7 +106,7 @@ def test_saved_config_keeps_what_it_does_not_know(tmp_path, theirs):
         hf = json.load(f)
     assert hf["architectures"] == [type(model).__name__] and hf["eos_token_id"] == 1 and hf["torch_dtype"] == "bfloat16"
     config = load_in_transformers(tmp_path).config
-    for key in ("rope_parameters", "sliding_window", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "attention_bias"):
+    for key in ("rope_parameters", "sliding_window", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"):
         assert getattr(config, key, None) == getattr(model.config, key, None), key
 
 
