@@ -198,14 +198,14 @@ ARGUMENTS = [f"{a}_{b}" for a in "first last old new home work main next top bas
 POOLS = {"tool": [f"{verb}_{noun}" for verb in VERBS for noun in NOUNS], "argument": ARGUMENTS,
          "value": _made_up(320, 2, 1), "person": [w.capitalize() for w in _made_up(240, 1, 2)], "topic": _made_up(240, 3, 3)}
 
-REQUESTS = {    # held out or not -> wordings; every one names the person, the topic, the tool's two words and the arguments
-    False: ["I am {person}. About the {topic}: please {verb} a {noun} with {arguments}.",
-            "{person} here. Can you {verb} the {noun} for the {topic}? Take {arguments}.",
-            "Hello, {person} needs you to {verb} one {noun}, {arguments}. It is for the {topic}.",
-            "For the {topic} of {person}, {verb} my {noun} with {arguments}, thanks.",
-            "We plan the {topic}. {person} wants to {verb} this {noun}. Set {arguments}."],
-    True: ["Help {person}! I want to {verb} some {noun} by {arguments}. The {topic} is near.",
-           "As for the {topic}, {person} would like to {verb} that {noun}: {arguments}."]}
+REQUESTS = {    # held out or not -> wordings; every one names the person, the topic, the tool and the arguments
+    False: ["I am {person}. About the {topic}: please use a {tool} with {arguments}.",
+            "{person} here. Can you use the {tool} for the {topic}? Take {arguments}.",
+            "Hello, {person} needs you to use one {tool}, {arguments}. It is for the {topic}.",
+            "For the {topic} of {person}, use my {tool} with {arguments}, thanks.",
+            "We plan the {topic}. {person} wants to use this {tool}. Set {arguments}."],
+    True: ["Help {person}! I want to use some {tool} by {arguments}. The {topic} is near.",
+           "As for the {topic}, {person} would like to use that {tool}: {arguments}."]}
 OPENINGS = ["Based on the request of {person}, I should", "To help {person}, I need to", "Since {person} asks me, I will",
             "It is clear what {person} wants, so I can", "Reading this, {person} expects me to"]
 MIDDLES = ["deal with the {topic}", "call a tool for the {topic}", "look into the {topic} now", "use what fits the {topic}"]
@@ -230,9 +230,8 @@ def toy_samples(count: int, seed: int, held_out: bool = False) -> list[Sample]:
         values = rng.sample(pools["value"], len(arguments[tool]))
         pairs = list(zip(arguments[tool], values))
         fields = {"person": rng.choice(pools["person"]), "topic": rng.choice(pools["topic"])}
-        verb, noun = tool.split("_")
         request = rng.choice(REQUESTS[held_out]).format(
-            verb=verb, noun=noun, arguments=", ".join(f"{name} {value}" for name, value in pairs), **fields)
+            tool=tool, arguments=", ".join(f"{name} {value}" for name, value in pairs), **fields)
         thought = f"{rng.choice(OPENINGS)} {rng.choice(MIDDLES)}{rng.choice(CLOSINGS)}"
 
         parts = [("Thought: ", "format")]

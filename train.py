@@ -190,9 +190,9 @@ def main():
 # -----------------------------------------------------------------------------------------------------------------
 # With no arguments: the method end to end on the toy, whose generator knows every token's true role
 
-TOY_SAMPLES, TOY_EVAL, EVAL_SEED = 8000, 200, 10_000
+TOY_SAMPLES, TOY_EVAL, EVAL_SEED = 4000, 200, 10_000
 TOY_SHAD = dict(shuffle=400, epochs=4, lr=1e-3, batch_tokens=1024, micro_tokens=4096)
-TOY_TRAINING = dict(steps=500, lr=2e-3, batch_tokens=2048, micro_tokens=4096)
+TOY_TRAINING = dict(steps=400, lr=1e-3, batch_tokens=2048, micro_tokens=4096)
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
 
 

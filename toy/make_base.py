@@ -1,9 +1,9 @@
-"""Make the toy's base model: `python -m toy.make_base`, from the repository's root (10 minutes on one core).
+"""Make the toy's base model: `python -m toy.make_base`, from the repository's root (10 to 20 minutes on one core).
 
 The base must be able to use its input, since SHAD compares against it, but must never have seen the agent's format.
 So it is pretrained on made-up documents in which some words are given by what came before: lists that are
 repeated, key-value pairs that are recalled, and catalogue -> request -> call documents that ask for what an
-agent does (the tool that fits the request, its arguments, their values), each in a format of its own: markers, order and
+agent does (the tool of the request, its arguments, their values), each in a format of its own: markers, order and
 filler words are drawn anew for every document. Writes config.json, model.safetensors and tokenizer.json beside this file.
 """
 import os
