@@ -141,7 +141,7 @@ def curves_svg(title: str, curves: dict[str, list[float]]) -> str:
         x = np.linspace(44, 420, len(v))
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="'
                      + " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y(v))) + f'"><title>{name}</title></polyline>'
-                     f'<text x="424" y="{y(v[-1]) + (4 if name == "RFT" else -2):.0f}" font-size="12" fill="{colour}">{name}</text>')
+                     f'<text x="424" y="{y(v[-1]) + (11 if name == "RFT" else -3):.0f}" font-size="12" fill="{colour}">{name}</text>')
     steps = len(next(iter(smooth.values())))
     parts.append(f'<text x="420" y="228" font-size="11" text-anchor="end">step {steps}</text><text x="44" y="228" font-size="11">1</text>')
     return f'<svg viewBox="0 0 470 236" width="470" role="img" aria-label="{title}">{"".join(parts)}</svg>'
