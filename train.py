@@ -110,7 +110,7 @@ def train(model: Transformer, dataset: Dataset, reasoning, o: Options) -> list[d
 
     Returns the metrics, one dict a step. Raises DataError on a non-finite loss, naming the samples.
     """
-    (rank, world), device = rank_and_world(), model.head.device
+    rank, _ = rank_and_world()
     order = lambda epoch: epoch_batches(dataset.lengths, dataset.kept, o.batch_tokens, o.seed, epoch)
     batches, epoch = [], 0
     while len(batches) < o.steps if o.steps else epoch < o.epochs:
