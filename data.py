@@ -8,7 +8,10 @@ A sample is a conversation. Its input is everything but the assistant's turns; i
 the end-of-turn token that the model must emit. Only output tokens carry loss.
 """
 import argparse
+import bisect
+import contextlib
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -20,9 +23,9 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.numpy import save
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
 
 
 class DataError(ValueError):
@@ -63,49 +66,93 @@ def read_samples(path_or_name: str) -> list[Sample]:
     A slice may follow, as in "train.json[:300]" or "toy[100:200]". Raises DataError, naming the file and the record, for what
     is in no known format or has nothing to learn from.
     """
+    return list(stream_samples(path_or_name))
+
+
+def split_slice(path_or_name: str) -> tuple[str, int, int | None]:
+    """("train.json", 0, 300) of "train.json[:300]"."""
     sliced = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", path_or_name)
-    if sliced:
-        name, first, last = sliced.groups()
-        samples = read_samples(name)[int(first or 0):int(last) if last else None]
-        if not samples:
-            raise DataError(f"{path_or_name} selects no samples.")
-        return samples
-    if path_or_name == "toy":
-        return toy_samples(4000, seed=0)
-    samples = []
-    for where, record in read_records(path_or_name):
+    return (sliced[1], int(sliced[2] or 0), int(sliced[3]) if sliced[3] else None) if sliced else (path_or_name, 0, None)
+
+
+def stream_samples(path_or_name: str, progress: bool = False):
+    """Yield what read_samples returns, holding little more than one sample at a time."""
+    name, first, last = split_slice(path_or_name)
+    empty = True
+    for sample in itertools.islice(toy_samples(4000, seed=0) if name == "toy" else parse_samples(name, progress), first, last):
+        empty = False
+        yield sample
+    if empty:
+        raise DataError(f"{path_or_name} {'selects' if name != path_or_name else 'holds'} no samples.")
+
+
+def parse_samples(path: str, progress: bool):
+    for index, (where, record) in enumerate(read_records(path, progress)):
         try:
-            sample = read_record(record, len(samples))
+            sample = read_record(record, index)
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             raise DataError(f"{where}: {e if isinstance(e, DataError) else f'{type(e).__name__}: {e}'}") from None
         if not any(m.is_output and m.text for m in sample.messages):
             raise DataError(f"{where} has no assistant turn, so there is nothing to learn from it; remove the record.")
-        samples.append(sample)
-    if not samples:
-        raise DataError(f"{path_or_name} holds no samples.")
-    return samples
+        yield sample
 
 
-def read_records(path: str):
-    """Yield (where, record) of a JSON list or a JSON Lines file."""
+def read_records(path: str, progress: bool = False):
+    """Yield (where, record) of a JSON list or a JSON Lines file of any size, holding little more than one record."""
+    line = 0
     try:
-        with open(path, encoding="utf-8") as f:
-            text = f.read()
+        with open(path, encoding="utf-8") as f, tqdm(
+                total=os.path.getsize(path), desc=f"read {path}", unit="B", unit_scale=True, disable=not progress) as bar:
+            head = f.read(2**16).lstrip()
+            f.seek(0)
+            if head[:1] == "[":
+                for i, record in enumerate(list_elements(f, bar), 1):
+                    yield f"{path}, record {i}", record
+            elif head.split("\n")[0].strip() == "{":            # a single record over several lines
+                yield f"{path}, record 1", json.load(f)
+            else:
+                for line, row in enumerate(f, 1):
+                    bar.update(len(row))
+                    if row.strip():
+                        yield f"{path}, line {line}", json.loads(row)
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(f"{path} cannot be read ({getattr(e, 'strerror', None) or 'not UTF-8 text'}).") from None
-    try:
-        line, rows = 0, [row for row in text.split("\n") if row.strip()]
-        if text.lstrip()[:1] == "[" or rows and rows[0].strip() == "{":        # one JSON document: a list, or a single record
-            content = json.loads(text)
-            for i, record in enumerate(content if isinstance(content, list) else [content]):
-                yield f"{path}, record {i + 1}", record
-        else:
-            for line, row in enumerate(text.split("\n"), 1):
-                if row.strip():
-                    yield f"{path}, line {line}", json.loads(row)
     except json.JSONDecodeError as e:
-        line = line or e.lineno
-        raise DataError(f"{path}, line {line}: not JSON ({e.msg}); mend the line, or export the file again.") from None
+        raise DataError(f"{path}, line {line or e.lineno}: not JSON ({e.msg}); mend the line, or export the file again.") from None
+
+
+def list_elements(f, bar):
+    """Yield the elements of one JSON list, read a megabyte at a time. Raises JSONDecodeError with the line of the file."""
+    text, at, line, ended, opening = "", 0, 1, False, True      # `text` is what is held, from `line` on, used up to `at`
+
+    def fail(message, position):
+        e = json.JSONDecodeError(message, text, position)
+        e.lineno = line + text.count("\n", 0, position)
+        raise e
+
+    while True:
+        separator = re.compile(r"\s*([\[,\]]?)\s*").match(text, at)
+        mark, start = separator[1], separator.end()
+        done = mark == "]" or opening and mark == "[" and text[start:start + 1] == "]"
+        try:
+            if start == len(text) and not ended:
+                raise json.JSONDecodeError("Unterminated", text, start)
+            if done:
+                return
+            if mark != ("[" if opening else ","):
+                fail("Expecting ',' delimiter", start)
+            element, end = json.JSONDecoder().raw_decode(text, start)
+            if end == len(text) and not ended:
+                raise json.JSONDecodeError("Unterminated", text, end)       # 12 may go on as 123
+        except json.JSONDecodeError as e:
+            if ended or not e.msg.startswith("Unterminated") and e.pos < len(text) - 16:
+                fail(e.msg, e.pos)
+            piece = f.read(max(2**20, len(text) - at))      # the element goes on beyond what is held
+            bar.update(len(piece))
+            line, text, at, ended = line + text.count("\n", 0, at), text[at:] + piece, 0, not piece
+            continue
+        yield element
+        at, opening = end, False
 
 
 def read_record(record: dict, index: int) -> Sample:
@@ -288,7 +335,7 @@ def shuffle_outputs(samples: list[Sample], fraction: float, seed: int) -> list[S
     if len(samples) < 2:
         raise DataError(f"shuffling outputs needs at least 2 samples, not {len(samples)}.")
     rng = random.Random(seed)
-    drawn = rng.sample(samples, min(len(samples), max(2, round(fraction * len(samples)))))
+    drawn = [samples[i] for i in rng.sample(range(len(samples)), min(len(samples), max(2, round(fraction * len(samples)))))]
     slots = []                                                  # (sample, message), one sample's beside each other
     for s, sample in enumerate(drawn):
         turns = [m for m, message in enumerate(sample.messages) if message.is_output]
@@ -344,6 +391,7 @@ class Renderer:
             self.start, self.end = [], self.setting("eos_token_id")
             if self.end is None:
                 raise DataError(f"{directory} names no eos_token_id in config.json; the plain template needs it to end a turn.")
+        self.headers, self.gap = {}, self.encode("\n" if self.start else "\n\n")      # what stands before and after a turn
         self.vocab_size = self.setting("vocab_size")
         mask = (probe := self.tokenizer.encode("a")).special_tokens_mask
         self.bos = probe.ids[:mask.index(0)] if 0 in mask else []        # what the tokenizer itself puts first
@@ -362,105 +410,194 @@ class Renderer:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def header(self, role: str) -> list[int]:
-        return self.start + self.encode(f"{role}\n" if self.start else f"{role.capitalize()}:\n")
+        if role not in self.headers:
+            self.headers[role] = self.start + self.encode(f"{role}\n" if self.start else f"{role.capitalize()}:\n")
+        return self.headers[role]
 
     def prompt(self, messages: list[Message]) -> list[int]:
         """The ids after which the assistant speaks."""
         return self.render(messages)[0] + self.header("assistant")
 
-    def render(self, messages: list[Message]) -> tuple[list[int], list[bool], list[str | None]]:
-        """(ids, is_output, roles): every token, whether it is scored, and its true role where the sample knows it."""
-        ids, is_output, roles = list(self.bos), [False] * len(self.bos), [None] * len(self.bos)
+    def encode_texts(self, samples: list[Sample]) -> list[list]:
+        """The tokenizer's encodings of every text of some samples, made in parallel."""
+        encodings = iter(self.tokenizer.encode_batch([m.text for s in samples for m in s.messages], add_special_tokens=False))
+        return [[next(encodings) for _ in s.messages] for s in samples]
 
-        def add(new, output, new_roles=None):
-            ids.extend(new), is_output.extend([output] * len(new)), roles.extend(new_roles or [None] * len(new))
-
-        for m in messages:
-            add(self.header(m.role), False)
-            encoding = self.tokenizer.encode(m.text, add_special_tokens=False)
-            add(encoding.ids, m.is_output, token_roles(m, encoding.offsets) if m.parts and m.is_output else None)
-            if self.start or m.role == "assistant":
-                add([self.end], m.is_output, ["format"] if m.parts and m.is_output else None)
-            add(self.encode("\n" if self.start else "\n\n"), False)
+    def render(self, messages: list[Message], encodings=None) -> tuple[list[int], list[int]]:
+        """(ids, marks), one of each a token; marks index MARKS and say which tokens are output, and their true role where the
+        sample knows it. encodings: of the messages' texts, as encode_texts makes them."""
+        ids, marks = list(self.bos), [0] * len(self.bos)
+        for m, encoding in zip(messages, encodings or self.encode_texts([Sample("", messages)])[0]):
+            header = self.header(m.role)
+            closing = [self.end] if self.start or m.role == "assistant" else []
+            ids += header + encoding.ids + closing + self.gap
+            output = [int(m.is_output)] * (len(encoding) + len(closing))
+            if m.is_output and m.parts:
+                output = token_roles(m, encoding.offsets) + [MARKS.index("format")]
+            marks += [0] * len(header) + output + [0] * len(self.gap)
         if self.vocab_size and ids and max(ids) >= self.vocab_size:
             raise DataError(f"{self.directory}: the tokenizer gives id {max(ids)}, but the model has {self.vocab_size} embeddings; "
                             "the two do not belong together.")
-        return ids, is_output, roles
+        return ids, marks
 
 
-def token_roles(message: Message, offsets) -> list[str]:
-    """The role of the part in which each token's first visible character lies."""
-    ends = np.cumsum([len(text) for text, _ in message.parts])
+def token_roles(message: Message, offsets) -> list[int]:
+    """The mark of the part in which each token's first visible character lies."""
+    ends = list(itertools.accumulate(len(text) for text, _ in message.parts))
     roles = []
     for start, end in offsets:
         while start < end - 1 and message.text[start].isspace():
             start += 1
-        roles.append(message.parts[min(np.searchsorted(ends, start, side="right"), len(ends) - 1)][1])
+        roles.append(MARKS.index(message.parts[min(bisect.bisect(ends, start), len(ends) - 1)][1]))
     return roles
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # The dataset, its labels, its batches
 
-class Dataset:
-    """Rendered samples: ids[i] int32 and is_output[i] bool, (T_i,) each; roles[i], a list of names, where the truth is known.
+MARKS = ("input", "output", "reasoning", "format", "connecting")    # what a token is; "output" where its true role is unknown
+ARRAYS = {"tokens": np.int32, "marks": np.uint8, "texts": np.uint8, "index": np.int64}
 
-    Samples longer than max_length tokens keep their place with no tokens and are counted in `dropped`, never cut.
+
+class Rows:
+    """Rows of unequal length in one flat array: rows[i] = view(flat[starts[i]:starts[i + 1]]), or of some of them, in an order."""
+
+    def __init__(self, flat, starts, view=lambda row: row, order=None):
+        self.flat, self.starts, self.view, self.order = flat, starts, view, range(len(starts) - 1) if order is None else order
+
+    def __len__(self):
+        return len(self.order)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        row = self.order[i]
+        return self.view(self.flat[self.starts[row]:self.starts[row + 1]])
+
+    def pick(self, order):
+        return Rows(self.flat, self.starts, self.view, order)
+
+
+def pack(sample: Sample) -> bytes:
+    return json.dumps([sample.id, [(m.role, m.text, m.parts, m.scored) for m in sample.messages]]).encode()
+
+
+def unpack(text: np.ndarray) -> Sample:
+    name, messages = json.loads(text.tobytes())
+    return Sample(name, [Message(*m) for m in messages])
+
+
+class Dataset:
+    """Rendered samples in flat arrays, held in memory or, by `load`, in files mapped into it.
+
+    ids[i] (T_i,) int32, is_output[i] (T_i,) bool and samples[i], a Sample, are made when asked for. Samples longer than
+    max_length tokens keep their place with no tokens and are counted in `dropped`, never cut.
     """
 
-    def __init__(self, samples: list[Sample], renderer: Renderer, max_length: int = 2048):
-        self.samples, self.renderer, self.max_length, self.dropped = samples, renderer, max_length, 0
-        self.ids, self.is_output, self.roles = [], [], []
-        data = hashlib.sha256()
-        for sample in samples:
-            data.update(json.dumps([(m.role, m.text, m.scored) for m in sample.messages]).encode())
-            ids, is_output, roles = renderer.render(sample.messages)
-            if len(ids) > max_length:
-                ids, is_output, roles, self.dropped = [], [], [], self.dropped + 1
-            self.ids.append(np.array(ids, dtype=np.int32))
-            self.is_output.append(np.array(is_output, dtype=bool))
-            self.roles.append(roles)
-        self.lengths = np.array([len(x) for x in self.ids], dtype=np.int64)
+    def __init__(self, samples, renderer: Renderer, max_length: int = 2048):
+        streams = {name: io.BytesIO() for name in ARRAYS}
+        facts = self.write(samples, renderer, max_length, streams)
+        self._hold({name: np.frombuffer(streams[name].getbuffer(), dtype) for name, dtype in ARRAYS.items()}, facts, renderer, max_length)
+
+    @staticmethod
+    def write(samples, renderer, max_length, streams) -> dict:
+        """Render samples one after the other into binary streams; the facts that go with them."""
+        data, dropped, ends = hashlib.sha256(), 0, np.zeros(3, np.int64)        # ends: of tokens, of output tokens, of texts
+        streams["index"].write(ends.tobytes())
+        samples = iter(samples)
+        while group := list(itertools.islice(samples, 256)):
+            for sample, encodings in zip(group, renderer.encode_texts(group)):
+                data.update(json.dumps([(m.role, m.text, m.scored) for m in sample.messages]).encode())
+                ids, marks = renderer.render(sample.messages, encodings)
+                if len(ids) > max_length:
+                    ids, marks, dropped = [], [], dropped + 1
+                text, marks = pack(sample), np.array(marks, np.uint8)
+                ends += len(ids), np.count_nonzero(marks), len(text)
+                for name, row in (("tokens", np.array(ids, np.int32)), ("marks", marks), ("texts", text), ("index", ends)):
+                    streams[name].write(row)
+        return {"dropped": dropped,
+                "fingerprint": {"data": data.hexdigest(), "tokenizer": renderer.fingerprint, "template": renderer.template}}
+
+    def _hold(self, arrays, facts, renderer, max_length):
+        self.renderer, self.max_length, self.dropped, self.fingerprint = renderer, max_length, facts["dropped"], facts["fingerprint"]
+        starts, self.offsets, texts = arrays["index"].reshape(-1, 3).T             # offsets: of each sample's output tokens
+        self.ids, self.is_output = Rows(arrays["tokens"], starts), Rows(arrays["marks"], starts, lambda marks: marks > 0)
+        self.marks, self.samples = arrays["marks"], Rows(arrays["texts"], texts, unpack)
+        self.lengths, self.outputs = np.diff(starts), np.diff(self.offsets)         # tokens, output tokens of each sample
         self.kept = np.flatnonzero(self.lengths)
         if not len(self.kept):
-            raise DataError(f"all {len(samples)} samples are longer than {max_length} tokens; raise --max-length.")
-        self.offsets = np.cumsum([0] + [int(m.sum()) for m in self.is_output])       # of each sample's output tokens
-        self.fingerprint = {"data": data.hexdigest(), "tokenizer": renderer.fingerprint, "template": renderer.template}
+            raise DataError(f"all {len(self.samples)} samples are longer than {max_length} tokens; raise --max-length.")
 
     @classmethod
     def load(cls, paths: list[str], model_directory: str, template: str, max_length: int) -> "Dataset":
-        """All samples of some files, one file after the other, rendered with the tokenizer of a checkpoint."""
-        return cls([s for path in paths for s in read_samples(path)], Renderer(model_directory, template), max_length)
+        """All samples of some files, one file after the other, rendered with the tokenizer of a checkpoint.
 
-    def true_roles(self) -> np.ndarray | None:
-        """Names of the true roles of all output tokens, in data order, or None where any is unknown."""
-        roles = [r for m, rs in zip(self.is_output, self.roles) for r, o in zip(rs, m) if o]
-        return None if None in roles else np.array(roles)
+        They are rendered once, into files under ~/.cache/shad-rft (or $XDG_CACHE_HOME), and found there again as long as data
+        files, tokenizer, template and max_length are the same. Several processes may call this at once: one works, the rest wait.
+        """
+        renderer = Renderer(model_directory, template)
+        samples = itertools.chain.from_iterable(stream_samples(path, progress=True) for path in paths)
+        files = [split_slice(path)[0] for path in paths]
+        if not all(map(os.path.isfile, files)):
+            return cls(samples, renderer, max_length)                   # the toy, or an error that names the missing file
+        import fcntl                                                    # here, since Windows lacks it
+        key = json.dumps([1, [(os.path.abspath(p), os.stat(f).st_size, os.stat(f).st_mtime_ns) for p, f in zip(paths, files)],
+                          renderer.fingerprint, renderer.template, renderer.bos, renderer.vocab_size, renderer.end, max_length])
+        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "shad-rft")
+        directory = os.path.join(root, hashlib.sha256(key.encode()).hexdigest()[:16])
+        os.makedirs(root, exist_ok=True)
+        with open(directory + ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)                            # the system lets go of it however this process ends
+            if not os.path.isdir(directory):
+                shutil.rmtree(directory + ".tmp", ignore_errors=True)   # left by a process that was killed
+                os.mkdir(directory + ".tmp")
+                try:
+                    with contextlib.ExitStack() as stack:
+                        streams = {name: stack.enter_context(open(os.path.join(directory + ".tmp", name), "wb")) for name in ARRAYS}
+                        facts = cls.write(samples, renderer, max_length, streams)
+                    with open(os.path.join(directory + ".tmp", "facts.json"), "w") as f:
+                        json.dump(facts, f)
+                    os.rename(directory + ".tmp", directory)
+                finally:
+                    shutil.rmtree(directory + ".tmp", ignore_errors=True)
+        with open(os.path.join(directory, "facts.json")) as f:
+            facts = json.load(f)
+        mapped = {name: (np.memmap(file, dtype, "r") if os.path.getsize(file) else np.zeros(0, dtype))
+                  for name, dtype in ARRAYS.items() for file in [os.path.join(directory, name)]}
+        dataset = cls.__new__(cls)
+        dataset._hold(mapped, facts, renderer, max_length)
+        return dataset
+
+    def true_roles(self) -> dict[str, np.ndarray] | None:
+        """{role: (output tokens,) bool, in data order}, or None where the true role of any output token is unknown."""
+        marks = self.marks[self.marks > 0]
+        return None if (marks == 1).any() else {role: marks == mark for mark, role in enumerate(MARKS) if mark > 1}
 
     def describe(self) -> str:
-        outputs = self.offsets[-1]
-        return (f"{len(self.kept):,} samples, {self.lengths.sum():,} tokens, {outputs:,} of them output "
-                f"({outputs / self.lengths.sum():.0%}); template {self.renderer.template}"
+        tokens, outputs = int(self.lengths.sum()), int(self.offsets[-1])
+        return (f"{len(self.kept):,} samples, {tokens:,} tokens, {outputs:,} of them output ({outputs / tokens:.0%}); "
+                f"template {self.renderer.template}"
                 + (f"; {self.dropped:,} longer than {self.max_length} tokens dropped" if self.dropped else ""))
 
 
-def collate(dataset: Dataset, indices, reasoning: np.ndarray | None = None, device="cpu"):
+def collate(dataset: Dataset, indices, differences: np.ndarray | None = None, device="cpu"):
     """Right-padded tensors of some samples: tokens (B, T) and targets (B, T) int64, already shifted, -100 where not
-    scored; is_reasoning (B, T) bool, taken from `reasoning`, the labels of all output tokens in data order (default: False)."""
-    B, T = len(indices), max(int(dataset.lengths[i]) for i in indices) - 1
+    scored; LD (B, T) float32, from `differences`, those of all output tokens in data order (default: 0). Of no samples: one
+    token with nothing to score, for a rank that has no work where others do."""
+    B, T = max(1, len(indices)), max((int(dataset.lengths[i]) for i in indices), default=2) - 1
     tokens, targets = np.zeros((B, T), np.int64), np.full((B, T), -100, np.int64)
-    is_reasoning = np.zeros((B, T), bool)
+    LD = np.zeros((B, T), np.float32)
     for b, i in enumerate(indices):
-        ids, out, n = dataset.ids[i], dataset.is_output[i][1:], len(dataset.ids[i]) - 1
+        ids, out, n = dataset.ids[i], dataset.is_output[i][1:], int(dataset.lengths[i]) - 1
         tokens[b, :n] = ids[:-1]
         targets[b, :n] = np.where(out, ids[1:], -100)
-        if reasoning is not None:
-            is_reasoning[b, :n][out] = reasoning[dataset.offsets[i]:dataset.offsets[i + 1]]
-    return tuple(torch.from_numpy(x).to(device, non_blocking=True) for x in (tokens, targets, is_reasoning))
+        if differences is not None:
+            LD[b, :n][out] = differences[dataset.offsets[i]:dataset.offsets[i + 1]]
+    return tuple(torch.from_numpy(x).to(device, non_blocking=True) for x in (tokens, targets, LD))
 
 
-def epoch_batches(lengths: np.ndarray, indices: np.ndarray, batch_tokens: int, seed: int, epoch: int = 0) -> list[list[int]]:
-    """The global batches of one epoch: lists of sample indices, at most batch_tokens tokens each (a longer sample stands alone).
+def epoch_batches(lengths: np.ndarray, indices: np.ndarray, batch_tokens: int, seed: int, epoch: int = 0) -> list[np.ndarray]:
+    """The global batches of one epoch: arrays of sample indices, at most batch_tokens tokens each (a longer sample stands alone).
 
     A function of the data, the seed and batch_tokens alone. Similar lengths go together, to keep padding small: the shuffled
     samples are sorted in pools of 32 batches, cut into batches, and the batches shuffled.
@@ -470,27 +607,31 @@ def epoch_batches(lengths: np.ndarray, indices: np.ndarray, batch_tokens: int, s
     pool = max(1, int(32 * batch_tokens / lengths[indices].mean()))
     batches = []
     for i in range(0, len(order), pool):
-        batches += cut(sorted(order[i:i + pool], key=lambda j: -lengths[j]), lengths, batch_tokens, padded=False)
+        some = order[i:i + pool]
+        batches += cut(some[np.argsort(-lengths[some], kind="stable")], lengths, batch_tokens, padded=False)
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def cut(indices, lengths, budget: int, padded: bool = True) -> list[list[int]]:
-    """Cut a list of samples, sorted by length, into lists of at most `budget` tokens each, counted with their padding or without."""
-    pieces, used = [], 0
-    for i in map(int, indices):
-        # indices run from long to short, so the first sample of a piece sets its padded width
-        used = (len(pieces[-1]) + 1) * lengths[pieces[-1][0]] if padded and pieces else used + lengths[i]
-        if not pieces or used > budget:
-            pieces.append([])
-            used = lengths[i]
-        pieces[-1].append(i)
-    return pieces
+def cut(indices: np.ndarray, lengths: np.ndarray, budget: int, padded: bool = True) -> list[np.ndarray]:
+    """Cut samples, sorted by falling length, into arrays of at most `budget` tokens each, counted with their padding or without."""
+    bounds, used, count, widest = [0], 0, 0, 0
+    for i, length in enumerate(lengths[indices].tolist()):
+        count, used, widest = count + 1, used + length, max(widest, length)
+        if count > 1 and (count * widest if padded else used) > budget:
+            bounds.append(i)
+            count, used, widest = 1, length, length
+    return [indices[a:b] for a, b in zip(bounds, [*bounds[1:], len(indices)])] if len(indices) else []
 
 
-def micro_batches(batch, lengths, micro_tokens: int, rank: int = 0, world: int = 1) -> list[list[int]]:
-    """This rank's share of a global batch, cut into micro-batches of at most micro_tokens tokens, padding included."""
-    by_length = sorted(batch, key=lambda j: (-lengths[j], j))
-    return cut(by_length[rank::world], lengths, micro_tokens)
+def micro_batches(batch, lengths, micro_tokens: int, rank: int = 0, world: int = 1) -> list[np.ndarray]:
+    """This rank's share of a global batch, cut into micro-batches of at most micro_tokens tokens, padding included.
+
+    Every rank gets as many of them, some perhaps empty: ranks that hold a model together must go through it together.
+    """
+    batch = np.sort(np.asarray(batch))
+    by_length = batch[np.argsort(-lengths[batch], kind="stable")]
+    shares = [cut(by_length[r::world], lengths, micro_tokens) for r in range(world)]
+    return shares[rank] + [by_length[:0]] * (max(map(len, shares)) - len(shares[rank]))
 
 
 def save_labels(directory: str, loss_difference: np.ndarray, dataset: Dataset, base_model: str, threshold: float, seed: int) -> None:
@@ -506,10 +647,18 @@ def load_labels(path: str, dataset: Dataset) -> tuple[np.ndarray, float]:
     """(loss_difference (output tokens,) float32, threshold) of a labels file or its directory. Raises DataError, naming what
     differs, when the labels were not made from this data with this tokenizer and template."""
     path = os.path.join(path, "labels.safetensors") if os.path.isdir(path) else path
-    try:
-        with safe_open(path, framework="np") as f:
-            metadata, difference, offsets = f.metadata() or {}, f.get_tensor("loss_difference"), f.get_tensor("offsets")
-            threshold = float(metadata["threshold"])
+    try:        # safetensors: the header's length, 8 bytes; the header, JSON; the arrays, which are mapped, not read
+        with open(path, "rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            if size > 2**20:
+                raise ValueError("no safetensors header")
+            header = json.loads(f.read(size))
+        arrays = [np.memmap(path, dtype, "r", 8 + size + header[name]["data_offsets"][0], tuple(header[name]["shape"]))
+                  for name, kind, dtype in (("loss_difference", "F32", np.float32), ("offsets", "I64", np.int64))
+                  if header[name]["dtype"] == kind]
+        difference, offsets = arrays
+        metadata = header["__metadata__"]
+        threshold = float(metadata["threshold"])
     except Exception as e:
         raise DataError(f"{path} cannot be read as labels ({type(e).__name__}: {e}); make it with shad.py.") from None
     differs = [key for key, value in dataset.fingerprint.items() if metadata.get(key) != value]

@@ -45,8 +45,8 @@ def role_losses(model: Transformer, dataset: Dataset, micro_tokens: int, reasoni
     losses, roles = token_losses(model, dataset, micro_tokens, "loss"), dataset.true_roles()
     groups = {"all": np.ones(len(losses), bool)}
     if roles is not None:
-        groups |= {"reasoning": roles == "reasoning", "boilerplate": roles != "reasoning"}
-        groups |= {name: roles == name for name in ("format", "connecting") if (roles == name).any()}
+        groups |= {"reasoning": roles["reasoning"], "boilerplate": ~roles["reasoning"]}
+        groups |= {name: roles[name] for name in ("format", "connecting") if roles[name].any()}
     if reasoning is not None:
         groups |= {"SHAD reasoning": reasoning, "SHAD boilerplate": ~reasoning}
     return losses_by_group(losses, groups)

@@ -258,7 +258,13 @@ class Transformer(nn.Module):
         if sharded:
             shard(model, device)
         model.to_empty(device=device)
-        parameters, missing = dict(model.named_parameters()), {name: None for name, _ in model.named_parameters()}
+        model.load_weights(path)
+        return model
+
+    def load_weights(self, path: str) -> None:
+        """Fill the parameters from the safetensors files of a HF directory, in place. Raises CheckpointError, naming the file."""
+        config = self.config
+        parameters, missing = dict(self.named_parameters()), {name: None for name, _ in self.named_parameters()}
         for file in checkpoint_files(path):
             try:
                 with safe_open(file, framework="pt") as f:
@@ -281,7 +287,6 @@ class Transformer(nn.Module):
                 raise CheckpointError(f"{file} cannot be read ({e}); it may be cut short: copy it again.") from None
         if missing:
             raise CheckpointError(f"{path} lacks {len(missing)} parameters, the first {next(iter(missing))}.")
-        return model
 
     @torch.no_grad()
     def save_pretrained(self, path: str, dtype=None, max_shard_bytes: int = 5 * 2**30) -> None:
@@ -460,6 +465,12 @@ def init_distributed() -> torch.device:
 def rank_and_world() -> tuple[int, int]:
     """This process's rank and the number of ranks; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier() -> None:
+    """Wait until every rank has come here."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def sum_over_ranks(*tensors: torch.Tensor) -> None:

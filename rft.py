@@ -50,21 +50,26 @@ def rft_loss(losses, is_reasoning, tau=3.0, reduce="mean", is_output=None):
 # and ranks it is the loss, however the batch was cut. `batch` holds what a share needs to know of the whole:
 #     batch.samples, batch.tokens      how many samples and output tokens
 #     batch.L, batch.n                 group losses and counts (2,), only for scope "batch"
+# With the loss comes the share of the groups' weights, (w_b, w_r), as reported in metrics.jsonl.
 # A further method is a further function here; it may use is_reasoning from any labels, SHAD's or others'.
 
 def sft(losses, is_reasoning, is_output, batch, options):
-    """Plain supervised fine-tuning: the mean loss of all output tokens."""
-    return losses.sum() / batch.tokens
+    """Plain supervised fine-tuning: the mean loss of all output tokens. A group's weight is its share of the tokens."""
+    _, n = group_losses(losses.detach(), is_reasoning, is_output)
+    return losses.sum() / batch.tokens, n.sum(-1) / batch.tokens
 
 
 def rft(losses, is_reasoning, is_output, batch, options):
     """SHAD + RFT. Scope "sample": L_RFT of each sample, averaged over samples. Scope "batch": one L_RFT of the global batch,
     whose weights come from its group losses, which train.py has summed over all micro-batches and ranks beforehand."""
     if options.scope == "sample":
-        return rft_loss(losses, is_reasoning, options.tau, options.reduce, is_output).sum() / batch.samples
-    L, _ = group_losses(losses, is_reasoning, is_output, "sum")
+        L, n = group_losses(losses, is_reasoning, is_output, options.reduce)                # (2, B)
+        w = group_weights(L, n, options.tau) / batch.samples
+        return (w * L).sum(), w.sum(-1)
+    L, n = group_losses(losses, is_reasoning, is_output, "sum")
+    w = group_weights(batch.L, batch.n, options.tau)                                        # (2,)
     share = L.sum(-1) if options.reduce == "sum" else L.sum(-1) / batch.n.clamp(min=1)
-    return (group_weights(batch.L, batch.n, options.tau) * share).sum()
+    return (w * share).sum(), w * n.sum() / batch.tokens
 
 
 METHODS = {"sft": sft, "rft": rft}

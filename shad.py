@@ -11,19 +11,22 @@ Ye et al. 2024 (arXiv 2412.14780), three steps:
                LD <= 0: boilerplate, still predictable without its input;  LD > 0: reasoning, tied to it.
 """
 import html
+import json
 import os
 import re
 import shlex
-from dataclasses import dataclass
+import shutil
+import time
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (Dataset, collate, epoch_batches, micro_batches, option, parse_options, run_script, save_labels,
-                  shuffle_outputs)
-from model import (CheckpointError, Transformer, init_distributed, mixed_precision, rank_and_world, resolve, sum_gradients,
-                   sum_over_ranks, write_json)
+from data import (DataError, Dataset, collate, epoch_batches, load_labels, micro_batches, option, parse_options, run_script,
+                  save_labels, shuffle_outputs)
+from model import (CheckpointError, Transformer, barrier, clip_gradients, init_distributed, mixed_precision,
+                   rank_and_world, resolve, sum_gradients, sum_over_ranks, write_json)
 
 
 @dataclass
@@ -42,23 +45,54 @@ class Options:
     threshold: float = option(0.0, "loss difference above which a token is reasoning, in nats; kept beside the labels")
     max_length: int = option(2048, "longer samples are dropped, in tokens")
     template: str = option("auto", "chat template", choices=["auto", "chatml", "plain"])
+    shard: str = option("auto", "split the model over the ranks (FSDP2); auto: with several GPUs", choices=["auto", "yes", "no"])
     seed: int = option(0, "seed of the shuffle and of the batch order")
 
 
-def token_losses(model: Transformer, dataset: Dataset, micro_tokens: int, title: str) -> np.ndarray:
-    """The loss of every output token of a dataset, (output tokens,) float32 in nats, in data order; ranks share the work."""
+def token_losses(model: Transformer, dataset: Dataset, micro_tokens: int, title: str, directory: str | None = None):
+    """The loss of every output token of a dataset, (output tokens,) float32 in nats, in data order; ranks share the work.
+
+    The data is cut into parts that do not depend on the number of ranks, so neither do the losses. With a directory every part
+    becomes a file there once it is done, parts that exist already are not computed again, and only rank 0 is given the losses.
+    """
     (rank, world), device = rank_and_world(), model.head.device
-    losses = torch.zeros(int(dataset.offsets[-1]))
-    pieces = micro_batches(dataset.kept, dataset.lengths, micro_tokens, rank, world)
-    for indices in tqdm(pieces, title, unit="batch", disable=rank > 0):
-        tokens, targets, _ = collate(dataset, indices, device=device)
-        with torch.no_grad(), mixed_precision(device):
-            rows = model(tokens, targets)                                                       # (B, T)
-        for i, row, target in zip(indices, rows, targets):
-            losses[dataset.offsets[i]:dataset.offsets[i + 1]] = row[target != -100].cpu()
-    losses = losses.to(device)
-    sum_over_ranks(losses)                              # each token was filled in by one rank and is 0 on the others
-    return losses.cpu().numpy()
+    ends = np.cumsum(dataset.lengths[dataset.kept])
+    part_tokens = max(8 * micro_tokens, ends[-1] // 1000)                           # at most about 1,000 parts
+    parts = np.split(dataset.kept, np.flatnonzero(np.diff(ends // part_tokens)) + 1)
+    file = lambda p: os.path.join(directory, f"{p:04}.npy")
+    exists = torch.zeros(len(parts), device=device)
+    if directory and rank == 0:                                                     # one rank looks, or ranks might differ
+        os.makedirs(directory, exist_ok=True)
+        exists += torch.tensor([float(os.path.exists(file(p))) for p in range(len(parts))], device=device)
+    sum_over_ranks(exists)
+    todo = np.flatnonzero(exists.cpu().numpy() == 0)
+    losses = np.zeros(0 if directory else dataset.offsets[-1], np.float32)
+    bar = tqdm(total=len(parts), initial=len(parts) - len(todo), desc=title, unit="part", disable=rank > 0)
+    for first in range(0, len(todo), world):
+        plans = [micro_batches(parts[p], dataset.lengths, micro_tokens) for p in todo[first:first + world]]
+        bar.update(len(plans))
+        plans += [[]] * (world - len(plans))
+        each = {}
+        for k in range(max(map(len, plans))):           # as many forwards on every rank, since sharded ranks work together
+            indices = plans[rank][k] if k < len(plans[rank]) else []
+            tokens, targets, _ = collate(dataset, indices, device=device)
+            with torch.no_grad(), mixed_precision(device):
+                rows = model(tokens, targets)                                                   # (B, T)
+            each |= {i: row[target != -100].cpu() for i, row, target in zip(indices, rows, targets)}
+        if each:
+            p, done = todo[first + rank], torch.cat([each[i] for i in sorted(each)]).numpy()
+            if directory:
+                with open(file(p) + ".tmp", "wb") as f:
+                    np.save(f, done)
+                os.replace(file(p) + ".tmp", file(p))
+            else:
+                losses[dataset.offsets[parts[p][0]]:dataset.offsets[parts[p][-1] + 1]] = done
+    if directory:
+        barrier()
+        return np.concatenate([np.load(file(p)) for p in range(len(parts))]) if rank == 0 else None
+    total = torch.from_numpy(losses).to(device)
+    sum_over_ranks(total)                               # each token was filled in by one rank and is 0 on the others
+    return total.cpu().numpy()
 
 
 def tune(model: Transformer, dataset: Dataset, o: Options) -> None:
@@ -69,14 +103,14 @@ def tune(model: Transformer, dataset: Dataset, o: Options) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=0.0, fused=True)
     for step, batch in enumerate(tqdm(batches, "tune on shuffled", unit="step", disable=rank > 0)):
         optimizer.param_groups[0]["lr"] = o.lr * (1 - step / len(batches))
-        n = sum(int(dataset.is_output[i].sum()) for i in batch)
+        n = dataset.outputs[batch].sum()
         for indices in micro_batches(batch, dataset.lengths, o.micro_tokens, rank, world):
             tokens, targets, _ = collate(dataset, indices, device=device)
             with mixed_precision(device):
                 loss = model(tokens, targets).sum() / n
             loss.backward()
         sum_gradients(model)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_gradients(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -101,28 +135,52 @@ def auc(scores: np.ndarray, positive: np.ndarray) -> float:
 
 def run(o: Options, dataset: Dataset, model: Transformer) -> np.ndarray:
     """SHAD on a dataset; writes o.out and returns LD (output tokens,) float32. `model` ends as the discriminator: only one
-    copy is ever held, since the base losses are taken before it is tuned."""
-    os.makedirs(o.out, exist_ok=True)
-    samples = [dataset.samples[i] for i in dataset.kept]
-    count = o.shuffle if o.shuffle > 1 else max(96, o.shuffle * len(samples))
-    shuffled_samples = shuffle_outputs(samples, min(1.0, count / len(samples)), o.seed)         # 1. shuffle
+    copy is ever held, since the base losses are taken before it is tuned. A run that was killed goes on from what it left in
+    o.out/parts: losses, and the tuned model."""
+    parts, (rank, _) = os.path.join(o.out, "parts"), rank_and_world()
+    left, tuned_model = os.path.join(parts, "settings.json"), os.path.join(parts, "tuned")
+    settings = dataset.fingerprint | {k: v for k, v in asdict(o).items() if k not in ("out", "data", "threshold", "shard")}
+    if os.path.exists(left):
+        with open(left, encoding="utf-8") as f:
+            differs = [key for key, value in json.load(f).items() if settings.get(key) != value]
+        if differs:
+            raise DataError(f"{parts} was left by an unfinished run with another {' and '.join(differs)}; remove it, or choose another --out.")
+    barrier()
+    if rank == 0:
+        os.makedirs(parts, exist_ok=True)
+        write_json(left, settings)
+    count = o.shuffle if o.shuffle > 1 else max(96, o.shuffle * len(dataset.kept))
+    shuffled_samples = shuffle_outputs(dataset.samples.pick(dataset.kept), min(1.0, count / len(dataset.kept)), o.seed)  # 1. shuffle
     shuffled = Dataset(shuffled_samples, dataset.renderer, 2 * dataset.max_length)  # another's output may be a longer one
 
-    base_losses = token_losses(model, dataset, o.micro_tokens, "losses of the base")
-    tune(model, shuffled, o)                                                                    # 2. tune
-    tuned_losses = token_losses(model, dataset, o.micro_tokens, "losses of the tuned")
-    difference = loss_difference(tuned_losses, base_losses)                                     # 3. classify
-    if rank_and_world()[0] == 0:
+    clock = [time.perf_counter()]
+    base_losses = token_losses(model, dataset, o.micro_tokens, "losses of the base", os.path.join(parts, "base"))
+    clock.append(time.perf_counter())
+    if os.path.isdir(tuned_model):
+        model.load_weights(tuned_model)
+    else:
+        tune(model, shuffled, o)                                                    # 2. tune
+        model.save_pretrained(tuned_model + ".tmp")
+        if rank == 0:
+            os.rename(tuned_model + ".tmp", tuned_model)
+    clock.append(time.perf_counter())
+    tuned_losses = token_losses(model, dataset, o.micro_tokens, "losses of the tuned", os.path.join(parts, "tuned losses"))
+    clock.append(time.perf_counter())
+    if rank == 0:
+        difference = loss_difference(tuned_losses, base_losses)                     # 3. classify
         save_labels(o.out, difference, dataset, o.model, o.threshold, o.seed)
         drawn = {sample.id for sample in shuffled_samples}
-        others = np.concatenate([np.full(int(m.sum()), s.id not in drawn) for s, m in zip(dataset.samples, dataset.is_output)])
+        others = np.repeat([sample.id not in drawn for sample in dataset.samples], dataset.outputs)
         summary = summarize(difference, base_losses, tuned_losses, others, dataset.true_roles(), o.threshold)
-        summary |= {"samples": len(dataset.kept), "shuffled": len(shuffled_samples), "dropped": dataset.dropped}
+        summary |= {"samples": len(dataset.kept), "shuffled": len(shuffled_samples), "dropped": dataset.dropped,
+                    "seconds": dict(zip(("base", "tune", "tuned"), np.diff(clock).round(1).tolist()))}
         write_json(os.path.join(o.out, "summary.json"), summary)
         write_page(os.path.join(o.out, "labels.html"), "SHAD: reasoning and boilerplate tokens",
                    picture(dataset, difference, base_losses, tuned_losses, o.threshold, summary))
+        shutil.rmtree(parts)
         print(describe(summary))
-    return difference
+    barrier()                                                                       # the other ranks read what rank 0 wrote
+    return load_labels(o.out, dataset)[0]
 
 
 def summarize(difference, base, tuned, others, roles, threshold) -> dict:
@@ -134,7 +192,7 @@ def summarize(difference, base, tuned, others, roles, threshold) -> dict:
         summary |= {f"base_loss_{name}": mean(base[group]), f"tuned_loss_{name}": mean(tuned[group])}
     if roles is not None:
         judged = others if others.any() else ~others
-        true, predicted = (roles == "reasoning")[judged], reasoning[judged]
+        true, predicted = roles["reasoning"][judged], reasoning[judged]
         summary["truth"] = {
             "tokens": int(judged.sum()), "error": mean(true != predicted), "auc": auc(difference[judged], true),
             "missed_reasoning": mean(~predicted[true]), "boilerplate_called_reasoning": mean(predicted[~true]),
@@ -245,14 +303,13 @@ def picture(dataset: Dataset, difference, base, tuned, threshold: float, summary
 
 def main():
     o = parse_options(Options, __doc__)
-    device = init_distributed()
-    rank, _ = rank_and_world()
+    device, (rank, world) = init_distributed(), rank_and_world()
     o.model = resolve(o.model)
     dataset = Dataset.load(o.data, o.model, o.template, o.max_length)
     if rank == 0:
         print(dataset.describe())
-    model = Transformer.from_pretrained(o.model, device=device)
-    run(o, dataset, model)
+    sharded = world > 1 and (o.shard == "yes" or o.shard == "auto" and device.type == "cuda")
+    run(o, dataset, Transformer.from_pretrained(o.model, device=device, sharded=sharded))
     if rank == 0:
         print(f"\nwrote {o.out}/labels.safetensors, summary.json and labels.html (open it in a browser). Next:\n  "
               f"python train.py --model {o.model} --data {' '.join(map(shlex.quote, o.data))} --max-length {o.max_length} "

@@ -8,24 +8,29 @@
 Writes OUT/metrics.jsonl, a line a step, and OUT/model, a Hugging Face directory. The loss and the gradient of a global batch do
 not depend on how it is cut: ranks and micro-batches each add their share, whose normalisation is known from the whole.
 """
+import hashlib
 import json
 import math
 import os
+import shutil
+import signal
 import sys
+import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 
 import torch
+import torch.distributed.checkpoint as dcp
 from tqdm import tqdm
 
 import eval
 import shad
 from data import (DataError, Dataset, Renderer, collate, copy_tokenizer, epoch_batches, load_labels, micro_batches, option,
                   parse_options, run_script, toy_samples)
-from model import (CheckpointError, Transformer, init_distributed, mixed_precision, rank_and_world, resolve, sum_gradients,
-                   sum_over_ranks, write_json)
-from rft import METHODS, group_losses, group_weights
+from model import (CheckpointError, Transformer, barrier, clip_gradients, init_distributed, mixed_precision,
+                   rank_and_world, resolve, sum_gradients, sum_over_ranks, write_json)
+from rft import METHODS, group_losses
 
 
 @dataclass
@@ -52,28 +57,37 @@ class Options:
     max_length: int = option(2048, "longer samples are dropped, in tokens")
     template: str = option("auto", "chat template", choices=["auto", "chatml", "plain"])
     seed: int = option(0, "seed of the batch order")
+    # scale and safety
+    checkpoint_every: int = option(500, "steps between checkpoints in OUT/checkpoints; 0: only when told to stop, by SIGTERM")
+    keep: int = option(2, "checkpoints to keep")
+    resume: bool = option(False, "go on from the newest checkpoint in OUT, on any number of ranks; from the beginning without one")
+    shard: str = option("auto", "split weights, gradients and optimizer over the ranks (FSDP2); auto: with several GPUs",
+                        choices=["auto", "yes", "no"])
+    recompute: bool = option(False, "recompute each block in backward: a third more work, a fraction of the activation memory")
+    compile: bool = option(False, "torch.compile each block")
 
 
-def backward(model, dataset: Dataset, reasoning, batch: list[int], o: Options):
+def backward(model, dataset: Dataset, labels, batch, o: Options):
     """Forward and backward of this rank's share of one global batch. Gradients are left in the model, not yet summed over ranks.
 
-    Returns sums over this rank's share: loss (), group losses L (2,) summed over tokens and counts n (2,), the weights
-    (2,) summed over samples.
+    labels: (LD of all output tokens, threshold), or None. Returns sums over this rank's share: loss (), group losses L (2,)
+    summed over tokens and counts n (2,), the groups' weights (2,).
     """
     (rank, world), device = rank_and_world(), model.head.device
-    whole = SimpleNamespace(samples=len(batch), tokens=sum(int(dataset.is_output[i].sum()) for i in batch))
+    whole = SimpleNamespace(samples=len(batch), tokens=int(dataset.outputs[batch].sum()))
     pieces = micro_batches(batch, dataset.lengths, o.micro_tokens, rank, world)
-    method, sums = METHODS[o.method], [torch.zeros((), device=device), *torch.zeros(3, 2, device=device)]
+    differences, threshold = labels or (None, 0.0)
+    sums = [torch.zeros((), device=device), *torch.zeros(3, 2, device=device)]
 
     def forward(indices):
-        tokens, targets, is_reasoning = collate(dataset, indices, reasoning, device)
+        tokens, targets, LD = collate(dataset, indices, differences, device)
         with mixed_precision(device):
-            return model(tokens, targets), is_reasoning, targets != -100                        # (B, T) each
+            return model(tokens, targets), shad.classify(LD, threshold), targets != -100        # (B, T) each
 
     ready = None
     if o.method != "sft" and o.scope == "batch":
         # the weights need the losses of the whole batch before any backward: a pass without gradients,
-        # or, where this rank has a single micro-batch, its one forward kept
+        # or, where every rank has a single micro-batch, its one forward kept
         L, n = torch.zeros(2, device=device), torch.zeros(2, device=device)
         with torch.set_grad_enabled(len(pieces) == 1):
             for indices in pieces:
@@ -84,18 +98,27 @@ def backward(model, dataset: Dataset, reasoning, batch: list[int], o: Options):
         whole.L, whole.n = (L if o.reduce == "sum" else L / n.clamp(min=1)), n
     for indices in pieces:
         losses, is_reasoning, is_output = ready if ready and len(pieces) == 1 else forward(indices)
-        loss = method(losses, is_reasoning, is_output, whole, o)
+        loss, w = METHODS[o.method](losses, is_reasoning, is_output, whole, o)
         loss.backward()
         L, n = group_losses(losses.detach(), is_reasoning, is_output, "sum")                    # (2, B)
-        if o.method == "sft":       # the share that each group's mean has in the plain mean
-            w = n / whole.tokens
-        elif o.scope == "batch":
-            w = group_weights(whole.L, whole.n, o.tau)[:, None] / whole.samples * torch.ones_like(L)
-        else:
-            w = group_weights(L if o.reduce == "sum" else L / n.clamp(min=1), n, o.tau) / whole.samples
-        for total, new in zip(sums, (loss.detach(), L.sum(1), n.sum(1), w.sum(1))):
+        for total, new in zip(sums, (loss.detach(), L.sum(1), n.sum(1), w)):
             total += new
     return sums
+
+
+@torch.no_grad()
+def not_finite(model, dataset: Dataset, batch, o: Options) -> list[str]:
+    """The ids of the samples of a batch whose loss is not finite."""
+    (rank, world), device = rank_and_world(), model.head.device
+    bad = torch.zeros(len(dataset.lengths), device=device)
+    for indices in micro_batches(batch, dataset.lengths, o.micro_tokens, rank, world):
+        tokens, targets, _ = collate(dataset, indices, device=device)
+        with mixed_precision(device):
+            rows = model(tokens, targets).sum(1)                                                # (B,)
+        for i, row in zip(indices, rows):
+            bad[i] = not row.isfinite()
+    sum_over_ranks(bad)
+    return [dataset.samples[int(i)].id for i in bad.nonzero()]
 
 
 def learning_rate(step: int, steps: int, o: Options) -> float:
@@ -105,42 +128,55 @@ def learning_rate(step: int, steps: int, o: Options) -> float:
     return o.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))))
 
 
-def train(model: Transformer, dataset: Dataset, reasoning, o: Options) -> list[dict]:
-    """Train in place; writes o.out/metrics.jsonl and o.out/model. reasoning: (output tokens,) bool, or None.
+def train(model: Transformer, dataset: Dataset, labels, o: Options) -> list[dict]:
+    """Train in place; writes o.out/metrics.jsonl, o.out/checkpoints and o.out/model. labels: (LD, threshold), or None.
 
-    Returns the metrics, one dict a step. Raises DataError on a non-finite loss, naming the samples.
+    Returns the metrics, one dict a step. SIGTERM ends it with a checkpoint and exit code 0. Raises DataError on a non-finite
+    loss or gradient, naming the samples, and CheckpointError where a checkpoint cannot be written or read.
     """
     rank, _ = rank_and_world()
-    order = lambda epoch: epoch_batches(dataset.lengths, dataset.kept, o.batch_tokens, o.seed, epoch)
     batches, epoch = [], 0
     while len(batches) < o.steps if o.steps else epoch < o.epochs:
-        batches += order(epoch)
+        batches += epoch_batches(dataset.lengths, dataset.kept, o.batch_tokens, o.seed, epoch)
         epoch += 1
     batches = batches[:o.steps or None]
     matrices = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": o.weight_decay}, {"params": rest, "weight_decay": 0.0}],
                                   lr=o.lr, betas=(0.9, 0.95), fused=True)
+    run = {key: value for key, value in asdict(o).items() if key not in MAY_CHANGE} | dataset.fingerprint
+    if labels:
+        run["labels"] = hashlib.sha256(labels[0]).hexdigest() + f" > {labels[1]}"
+    first = load_checkpoint(o.out, model, optimizer, run) if o.resume else 0
     metrics, log = [], None
     if rank == 0:
         os.makedirs(o.out, exist_ok=True)
+        metrics = read_metrics(o.out, first)
         log = open(os.path.join(o.out, "metrics.jsonl"), "w", encoding="utf-8")
-    bar = tqdm(batches, o.method, unit="step", disable=rank > 0)
-    for step, batch in enumerate(bar):
-        start = time.perf_counter()
+        log.writelines(json.dumps(m) + "\n" for m in metrics)
+
+    told_to_stop = threading.Event()                        # by SIGTERM: how schedulers announce that the machine is taken away
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: told_to_stop.set())
+    bar = tqdm(range(first, len(batches)), o.method, unit="step", initial=first, total=len(batches), disable=rank > 0)
+    for step in bar:
+        start, batch = time.perf_counter(), batches[step]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, len(batches), o)
-        sums = backward(model, dataset, reasoning, batch, o)
+        sums = backward(model, dataset, labels, batch, o)
         sum_gradients(model)
-        sum_over_ranks(*sums)
+        stop = torch.tensor(float(told_to_stop.is_set()), device=model.head.device)
+        sum_over_ranks(*sums, stop)
         loss, L, n, w = (x.tolist() for x in sums)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip).item()
+        norm = clip_gradients(model, o.clip)
         if not math.isfinite(loss) or not math.isfinite(norm):
+            ids = not_finite(model, dataset, batch, o) or [dataset.samples[int(i)].id for i in batch]
             raise DataError(f"step {step + 1}: the {'gradient' if math.isfinite(loss) else 'loss'} is not finite; lower --lr, or look at "
-                            f"the batch's samples: {', '.join(dataset.samples[i].id for i in batch[:8])}.")
+                            f"sample{'s' * (len(ids) > 1)} {', '.join(ids[:8])}{' and others' * (len(ids) > 8)}. "
+                            "The checkpoints made before are as they were.")
         optimizer.step()
         optimizer.zero_grad()
-        known, mean = reasoning is not None, lambda g: L[g] / n[g] if n[g] else None
+        known, mean = labels is not None, lambda g: L[g] / n[g] if n[g] else None
         metrics.append({
             "step": step + 1, "loss": loss,
             "loss_reasoning": mean(1) if known else None, "loss_boilerplate": mean(0) if known else None,
@@ -151,37 +187,142 @@ def train(model: Transformer, dataset: Dataset, reasoning, o: Options) -> list[d
             log.write(json.dumps(metrics[-1]) + "\n")
             log.flush()
             bar.set_postfix({"loss": f"{loss:.3f}"} | ({"r": f"{mean(1) or 0:.3f}", "b": f"{mean(0) or 0:.3f}"} if known else {}))
+        if stop or o.checkpoint_every and (step + 1) % o.checkpoint_every == 0:
+            save_checkpoint(o.out, step + 1, model, optimizer, run, o.keep)
+        if stop:
+            if rank == 0:
+                print(f"\nSIGTERM: {o.out}/checkpoints holds step {step + 1} of {len(batches)}; the same command with --resume goes on.")
+            sys.exit(0)
+    bar.close()
+    final = os.path.join(o.out, "model")
+    model.save_pretrained(final + ".tmp", getattr(torch, str(model.config.other.get("torch_dtype")), None))     # the base's own dtype
     if rank == 0:
         log.close()
-        model.save_pretrained(os.path.join(o.out, "model"))
-        copy_tokenizer(dataset.renderer.directory, os.path.join(o.out, "model"))
+        copy_tokenizer(dataset.renderer.directory, final + ".tmp")
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(final + ".tmp", final)
     return metrics
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Checkpoints: OUT/checkpoints/step-00000500, torch.distributed.checkpoint's files plus state.json. Each rank writes its own
+# shard; any number of ranks can read it. Whatever ends a run, a directory of that name is whole: it is renamed when it is.
+
+MAY_CHANGE = {"model", "data", "out", "labels", "micro_tokens", "checkpoint_every", "keep", "resume", "shard", "recompute", "compile"}
+
+
+def training_state(model, optimizer) -> dict[str, torch.Tensor]:
+    """Every tensor that training changes. AdamW makes its own at the first step; here they are made before, to be loaded into."""
+    state = {"rng": torch.get_rng_state()}
+    for name, p in model.named_parameters():
+        moments = optimizer.state[p]
+        if not moments:
+            moments |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        state |= {name: p.detach()} | {f"{name} {key}": tensor for key, tensor in moments.items()}
+    return state
+
+
+def save_checkpoint(out: str, step: int, model, optimizer, run: dict, keep: int) -> None:
+    """Write the checkpoint of a step aside, rename it, and remove all but the last `keep`. Raises CheckpointError."""
+    root, (rank, _) = os.path.join(out, "checkpoints"), rank_and_world()
+    aside = os.path.join(root, f"step-{step:08}.tmp")
+    if rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)            # left by a run that was killed while it wrote
+    barrier()
+    try:
+        dcp.save(training_state(model, optimizer), checkpoint_id=aside)
+        if rank == 0:
+            sizes = {name: os.path.getsize(os.path.join(aside, name)) for name in sorted(os.listdir(aside))}
+            write_json(os.path.join(aside, "state.json"), {"step": step, "run": run, "files": sizes})
+            os.rename(aside, aside.removesuffix(".tmp"))
+            for old in sorted(name for name in os.listdir(root) if name.startswith("step-") and not name.endswith(".tmp"))[:-keep]:
+                shutil.rmtree(os.path.join(root, old))
+    except (dcp.api.CheckpointException, OSError, RuntimeError) as e:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"the checkpoint of step {step} could not be written ({reason(e)}); the ones before it in {root} are as they "
+                              "were. Make room, then go on with --resume.") from None
+
+
+def load_checkpoint(out: str, model, optimizer, run: dict) -> int:
+    """Load the newest checkpoint of `out` in place; the number of steps done, 0 where there is none. Raises CheckpointError."""
+    root, (rank, _) = os.path.join(out, "checkpoints"), rank_and_world()
+    names = sorted(name for name in os.listdir(root) if name.startswith("step-") and not name.endswith(".tmp")) if os.path.isdir(root) else []
+    if not names:
+        if rank == 0:
+            print(f"{out} holds no checkpoint: starting from the beginning")
+        return 0
+    path = os.path.join(root, names[-1])
+    try:
+        with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
+            saved = json.load(f)
+        short = [name for name, size in saved["files"].items() if os.path.getsize(os.path.join(path, name)) != size]
+        if short:
+            raise OSError(f"{short[0]} is cut short")
+        differs = [key for key in run.keys() | saved["run"].keys() if run.get(key) != saved["run"].get(key)]
+        if differs:
+            raise CheckpointError(f"{path} is of a run with another {' and '.join(sorted(differs))}; give the options it was "
+                                  "started with, or choose another --out.")
+        state = training_state(model, optimizer)
+        dcp.load(state, checkpoint_id=path)
+    except CheckpointError:
+        raise
+    except Exception as e:                                  # a damaged file surfaces as almost any error
+        raise CheckpointError(f"{path} cannot be read ({reason(e)}); remove it, and --resume goes on from "
+                              + (names[-2] if len(names) > 1 else "the beginning") + ".") from None
+    torch.set_rng_state(state["rng"])
+    if rank == 0:
+        print(f"resumed from {path}")
+    return saved["step"]
+
+
+def reason(error: BaseException) -> str:
+    """The innermost cause of an error, in one line."""
+    while isinstance(error, dcp.api.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (str(error) or type(error).__name__).strip().split("\n")[0]
+
+
+def read_metrics(out: str, steps: int) -> list[dict]:
+    """The metrics of the first `steps` steps; later lines, of steps that a checkpoint did not keep, are left out."""
+    if not steps:
+        return []
+    with open(os.path.join(out, "metrics.jsonl"), encoding="utf-8") as f:
+        return [json.loads(line) for line, _ in zip(f, range(steps))]
 
 
 def main():
     o = parse_options(Options, __doc__)
-    device, (rank, _) = init_distributed(), rank_and_world()
+    device, (rank, world) = init_distributed(), rank_and_world()
     o.model = resolve(o.model)
     if os.path.exists(os.path.join(o.out, "model", "config.json")):
+        if o.resume:
+            return print(f"{o.out}/model is finished: nothing to resume") if rank == 0 else None
         raise DataError(f"{o.out}/model already holds a trained model; choose another --out, or remove it.")
+    if os.path.isdir(os.path.join(o.out, "checkpoints")) and os.listdir(os.path.join(o.out, "checkpoints")) and not o.resume:
+        raise DataError(f"{o.out}/checkpoints holds an unfinished run; go on with --resume, choose another --out, or remove it.")
+    barrier()                                               # every rank has looked before one begins to write
     dataset = Dataset.load(o.data, o.model, o.template, o.max_length)
     if rank == 0:
         print(dataset.describe())
+    sharded = world > 1 and (o.shard == "yes" or o.shard == "auto" and device.type == "cuda")
+    base = lambda: Transformer.from_pretrained(o.model, device=device, sharded=sharded)
     if o.method != "sft" and not o.labels:
         o.labels = os.path.join(o.out, "labels")
         if not os.path.exists(os.path.join(o.labels, "labels.safetensors")):
             shad.run(shad.Options(model=o.model, data=o.data, out=o.labels, micro_tokens=o.micro_tokens, max_length=o.max_length,
-                                  seed=o.seed), dataset, Transformer.from_pretrained(o.model, device=device))
+                                  seed=o.seed), dataset, base())
             if rank == 0:
                 print(f"wrote {o.labels}/labels.safetensors and labels.html")
-            if torch.distributed.is_initialized():
-                torch.distributed.barrier()             # the other ranks read what rank 0 wrote
-    reasoning = shad.classify(*load_labels(o.labels, dataset)) if o.labels else None
-    model = Transformer.from_pretrained(o.model, device=device)
-    metrics = train(model, dataset, reasoning, o)
+    labels = load_labels(o.labels, dataset) if o.labels else None
+    model = base()
+    model.recompute = o.recompute
+    if o.compile:
+        model.compile_blocks()
+    metrics = train(model, dataset, labels, o)
     if rank == 0:
         first, last = metrics[0], metrics[-1]
-        groups = f" (reasoning {last['loss_reasoning']:.3f}, boilerplate {last['loss_boilerplate']:.3f})" if reasoning is not None else ""
+        groups = f" (reasoning {last['loss_reasoning']:.3f}, boilerplate {last['loss_boilerplate']:.3f})" if labels else ""
         print(f"\n{o.method}: {len(metrics)} steps, loss {first['loss']:.3f} -> {last['loss']:.3f}{groups}\n"
               f"wrote {o.out}/model (a Hugging Face directory) and {o.out}/metrics.jsonl. Next:\n"
               f"  python eval.py loss --model {o.out}/model --data HELD_OUT.json --out {o.out}/eval")
@@ -205,13 +346,12 @@ def reproduce(out: str = "out", seed: int = 0) -> dict:
     common = Options(model=TOY, data=["toy"], out=out, seed=seed, **TOY_TRAINING)
     say(f"toy: {dataset.describe()}; base {sum(p.numel() for p in base().parameters()):,} parameters")
     difference = shad.run(shad.Options(model=TOY, data=["toy"], out=os.path.join(out, "labels"), seed=seed, **TOY_SHAD), dataset, base())
-    reasoning = shad.classify(difference)
 
     runs, summaries = {}, {}
     summaries["base"], _ = eval.evaluate_toy(base(), dataset.renderer, TOY_EVAL, seed=EVAL_SEED + seed)
     for method in ("sft", "rft"):
         model = base()
-        runs[method.upper()] = train(model, dataset, reasoning, replace(common, method=method, out=os.path.join(out, method)))
+        runs[method.upper()] = train(model, dataset, (difference, 0.0), replace(common, method=method, out=os.path.join(out, method)))
         summaries[method.upper()], _ = eval.evaluate_toy(model, dataset.renderer, TOY_EVAL, seed=EVAL_SEED + seed)
     if rank == 0:
         with open(os.path.join(out, "labels", "summary.json"), encoding="utf-8") as f:

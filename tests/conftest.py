@@ -1,8 +1,10 @@
 """One thread a process (small matrices), the repository's root on sys.path, no network."""
 import os
 import sys
+import tempfile
 
-for key, value in {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}.items():
+for key, value in {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+                   "XDG_CACHE_HOME": tempfile.mkdtemp(prefix="shad-rft-tests-")}.items():
     os.environ[key] = value                         # subprocesses inherit them
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 

@@ -1,19 +1,21 @@
 """Readers, rendering with its output mask, shuffling, labels, batching and the toy."""
-import copy
 import json
+import os
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, processors
+from tqdm import tqdm
 
 import data
-from data import (DataError, Dataset, Message, Renderer, Sample, call_parts, collate, epoch_batches, load_labels, micro_batches,
-                  read_samples, save_labels, shuffle_outputs, toy_samples, toy_tokenizer)
+from data import (MARKS, DataError, Dataset, Message, Renderer, Sample, call_parts, collate, epoch_batches, list_elements,
+                  load_labels, micro_batches, read_samples, save_labels, shuffle_outputs, toy_samples, toy_tokenizer)
 from tiny import apigen, make_tokenizer, talk, write
 
 
@@ -108,7 +110,9 @@ GOOD = {"conversations": [USER, GPT]}
 @pytest.mark.parametrize("name, content, said", [
     ("u.json", [GOOD, {"text": "no known keys"}], ["u.json, record 2", "unknown format", "text"]),
     ("u.jsonl", json.dumps(GOOD) + '\n{"conversations": [}\n', ["u.jsonl, line 2", "not JSON"]),
-    ("u.json", '[{"query": "q"},\n\n {"query" oops]', ["u.json, line 3", "not JSON"]),
+    ("u.json", f'[{json.dumps(GOOD)},\n\n {{"query" oops]', ["u.json, line 3", "not JSON"]),
+    ("u.json", f'[{json.dumps(GOOD)},\n {json.dumps(GOOD)}', ["u.json, line 2", "not JSON"]),
+    ("u.json", f'[{json.dumps(GOOD)}\n {json.dumps(GOOD)}]', ["u.json, line 2", "delimiter"]),
     ("u.json", [GOOD, GOOD, {"conversations": [USER]}], ["u.json, record 3", "no assistant turn"]),
     ("u.json", [{"conversations": [USER, {"from": "gpt", "value": ""}]}], ["u.json, record 1", "no assistant turn"]),
     ("u.json", [{"conversations": [{"from": "martian", "value": "?"}, GPT]}], ["u.json, record 1", "martian"]),
@@ -181,10 +185,10 @@ def test_rendered_text_and_special_tokens(renderer):
     decode = lambda ids: renderer.tokenizer.decode(ids, skip_special_tokens=False)
     special = {i for i, token in renderer.tokenizer.get_added_tokens_decoder().items() if token.special}
     for sample in adversarial_samples():
-        ids, is_output, roles = renderer.render(sample.messages)
+        ids, marks = renderer.render(sample.messages)
         assert decode(ids) == written(renderer, sample.messages)
         assert decode(renderer.prompt(sample.messages)) == written(renderer, sample.messages, generation=True)
-        assert len(ids) == len(is_output) == len(roles) and set(roles) == {None}
+        assert len(ids) == len(marks) and set(marks) == {MARKS.index("input"), MARKS.index("output")}
         # markers that stand in a text stay text: only the template's own are special ids
         assert sum(i in special for i in ids) == (2 * len(sample.messages) if renderer.template == "chatml" else 3)
 
@@ -202,7 +206,7 @@ def test_the_mask_covers_the_outputs_and_their_end_tokens_exactly(renderer):
     end = "<|im_end|>" if renderer.template == "chatml" else "<|endoftext|>"
     for sample in adversarial_samples():
         sample.messages[2].scored = False
-        ids, is_output, _ = renderer.render(sample.messages)
+        ids, is_output = renderer.render(sample.messages)
         runs, previous = [], False
         for i, scored in zip(ids, is_output):
             if scored:
@@ -230,7 +234,7 @@ def test_a_tokenizer_that_puts_a_bos_first(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     renderer = Renderer(str(tmp_path))
     sample = talk(("user", "Hi"), ("assistant", "Ho"))
-    ids, is_output, _ = renderer.render(sample.messages)
+    ids, is_output = renderer.render(sample.messages)
     assert ids[0] == 0 and ids.count(0) == 1 and not is_output[0]
     assert renderer.prompt(sample.messages[:1]) == ids[:len(renderer.prompt(sample.messages[:1]))]
 
@@ -247,7 +251,9 @@ def dataset(chatml, tmp_path_factory):
 def test_offsets(dataset):
     assert len(dataset.samples) == 66 and dataset.dropped == 0
     assert dataset.offsets[0] == 0 and np.array_equal(np.diff(dataset.offsets), [m.sum() for m in dataset.is_output])
-    assert len(dataset.true_roles()) == dataset.offsets[-1] and set(dataset.true_roles()) == {"reasoning", "format"}
+    roles = dataset.true_roles()
+    assert all(len(r) == dataset.offsets[-1] for r in roles.values()) and (sum(r.astype(int) for r in roles.values()) == 1).all()
+    assert {name for name, r in roles.items() if r.any()} == {"reasoning", "format"}
 
 
 def test_over_long_samples_are_dropped_and_counted(dataset):
@@ -258,7 +264,7 @@ def test_over_long_samples_are_dropped_and_counted(dataset):
     assert len(short.samples) == 66 and np.array_equal(short.kept, np.flatnonzero(~long))
     assert np.array_equal(np.diff(short.offsets), np.where(long, 0, np.diff(dataset.offsets)))
     assert all(np.array_equal(short.ids[i], dataset.ids[i]) for i in short.kept)        # whole, never cut
-    assert short.offsets[-1] == len(short.true_roles())
+    assert short.offsets[-1] == len(short.true_roles()["format"])
     with pytest.raises(DataError, match="--max-length"):
         Dataset(dataset.samples, dataset.renderer, 3)
 
@@ -268,20 +274,22 @@ def test_true_roles_are_unknown_if_any_is(dataset):
 
 
 def test_collate_shifts_right(dataset):
-    reasoning = np.random.default_rng(0).random(dataset.offsets[-1]) < 0.5
+    differences = np.random.default_rng(0).standard_normal(dataset.offsets[-1], np.float32)
     indices = [5, 0, 17, 40]
-    tokens, targets, is_reasoning = collate(dataset, indices, reasoning)
-    assert tokens.shape == targets.shape == is_reasoning.shape == (4, dataset.lengths[indices].max() - 1)
-    assert tokens.dtype == targets.dtype == torch.int64 and is_reasoning.dtype == torch.bool
+    tokens, targets, LD = collate(dataset, indices, differences)
+    assert tokens.shape == targets.shape == LD.shape == (4, dataset.lengths[indices].max() - 1)
+    assert tokens.dtype == targets.dtype == torch.int64 and LD.dtype == torch.float32
     for b, i in enumerate(indices):
         n = len(dataset.ids[i]) - 1
         assert tokens[b, :n].tolist() == dataset.ids[i][:-1].tolist()
         assert targets[b, :n].tolist() == [t if o else -100 for t, o in zip(dataset.ids[i][1:].tolist(), dataset.is_output[i][1:])]
-        assert (targets[b, n:] == -100).all() and not is_reasoning[b, n:].any()
+        assert (targets[b, n:] == -100).all() and not LD[b, n:].any()
         scored = targets[b] != -100
-        assert is_reasoning[b][scored].tolist() == reasoning[dataset.offsets[i]:dataset.offsets[i + 1]].tolist()
-        assert not is_reasoning[b][~scored].any()
+        assert LD[b][scored].tolist() == differences[dataset.offsets[i]:dataset.offsets[i + 1]].tolist()
+        assert not LD[b][~scored].any()
     assert not collate(dataset, indices)[2].any()
+    tokens, targets, _ = collate(dataset, [])            # a rank with no work
+    assert tokens.shape == (1, 1) and targets.tolist() == [[-100]]
 
 
 @pytest.mark.parametrize("batch_tokens", [50, 700, 3000, 10**6])
@@ -298,8 +306,9 @@ def test_batches_are_a_function_of_seed_and_epoch(dataset, monkeypatch):
     make = lambda *a: epoch_batches(dataset.lengths, dataset.kept, 1500, *a)
     first = make(0, 0)
     np.random.seed(5), random.seed(5), monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "2")
-    assert make(0, 0) == first
-    assert make(1, 0) != first and make(0, 1) != first
+    same = lambda a, b: len(a) == len(b) and all(map(np.array_equal, a, b))
+    assert same(make(0, 0), first)
+    assert not same(make(1, 0), first) and not same(make(0, 1), first)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
@@ -307,7 +316,66 @@ def test_micro_batches_partition_a_batch_over_the_ranks(dataset, world):
     for batch in [*epoch_batches(dataset.lengths, dataset.kept, 2500, 0), [4], [7, 3]]:
         pieces = [piece for rank in range(world) for piece in micro_batches(batch, dataset.lengths, 600, rank, world)]
         assert sorted(i for piece in pieces for i in piece) == sorted(batch)
-        assert all(pieces) and all(len(p) == 1 or len(p) * dataset.lengths[p].max() <= 600 for p in pieces)
+        assert all(len(p) <= 1 or len(p) * dataset.lengths[p].max() <= 600 for p in pieces)
+        shares = [micro_batches(batch, dataset.lengths, 600, rank, world) for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1 and any(all(map(len, share)) for share in shares)     # as many for each rank
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Files that do not fit in memory
+
+class Drops:
+    """A file that gives few characters at a time, whatever is asked for."""
+    def __init__(self, text, size):
+        self.pieces = iter([text[i:i + size] for i in range(0, len(text), size)])
+
+    def read(self, _):
+        return next(self.pieces, "")
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 10**6])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_list_is_streamed_element_by_element(size, indent):
+    records = [*apigen(9), {"long": "x, ] \\" * 300, "ü": [[], {}, "\u2028\n"]}, 12345, "a", [], None, True]
+    with tqdm(disable=True) as bar:
+        assert list(list_elements(Drops(json.dumps(records, indent=indent) + " \n", size), bar)) == records
+        assert list(list_elements(Drops(" [ \n] ", size), bar)) == []
+
+
+@pytest.mark.parametrize("text, line", [('[{"a": 1},\n\n{"b": oops}, {"c": 1}]', 3), ('[{"a": 1}\n{"b": 1}]', 2), ('[1,\n2', 2), ("[", 1), ("[1, ]", 1)])
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_a_broken_list_says_in_which_line(text, line, size):
+    with tqdm(disable=True) as bar, pytest.raises(json.JSONDecodeError) as error:
+        list(list_elements(Drops(text, size), bar))
+    assert error.value.lineno == line
+
+
+def test_the_cache_is_used_while_it_fits_and_made_again_when_not(chatml, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write(tmp_path / "a.json", apigen(20))
+    load = lambda *a: Dataset.load([path], chatml, "auto", *(a or [250]))
+    first, count = load(), lambda: len([d for d in os.scandir(tmp_path / "cache" / "shad-rft") if d.is_dir()])
+    memory = Dataset(read_samples(path), Renderer(chatml), 250)
+    for a, b in ((first.ids, memory.ids), (first.is_output, memory.is_output)):
+        assert len(a) == len(b) == 20 and all(map(np.array_equal, a, b))
+    assert list(first.samples) == list(memory.samples) and first.dropped == memory.dropped > 0
+    assert first.fingerprint == memory.fingerprint and np.array_equal(first.offsets, memory.offsets)
+    monkeypatch.setattr(Renderer, "render", None)               # nothing is rendered a second time
+    assert np.array_equal(load().ids.flat, first.ids.flat) and count() == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert load(500).dropped < first.dropped and count() == 2
+    os.mkdir(str(next(d.path for d in os.scandir(tmp_path / "cache" / "shad-rft") if d.is_dir())) + "-other.tmp")
+    write(tmp_path / "a.json", apigen(21))
+    assert len(load().samples) == 21 and count() == 4
+
+
+def test_a_file_that_breaks_off_leaves_no_cache(chatml, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write(tmp_path / "a.json", json.dumps(apigen(20))[:-100])
+    with pytest.raises(DataError, match="a.json, line 1"):
+        Dataset.load([path], chatml, "auto", 400)
+    assert not [d for d in os.scandir(tmp_path / "cache" / "shad-rft") if d.is_dir()]
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -334,7 +402,7 @@ def counts_to_try():
 def test_no_output_stays_with_its_input():
     for counts in counts_to_try():
         samples = conversations(counts)
-        untouched = copy.deepcopy(samples)
+        untouched = [replace(s, messages=[replace(m) for m in s.messages]) for s in samples]
         for seed in range(15):
             shuffled = shuffle_outputs(samples, 1.0, seed)
             assert sorted(s.id for s in shuffled) == sorted(s.id for s in samples)
@@ -388,8 +456,8 @@ def test_labels_round_trip(labels, dataset):
 
 def test_labels_that_do_not_fit_are_refused(labels, dataset, chatml, tmp_path):
     path, _ = labels
-    changed = copy.deepcopy(dataset.samples)
-    changed[3].messages[1].text += "!"
+    changed = list(dataset.samples)
+    changed[3].messages[1].text += "!"                      # samples are made anew each time, so this one is ours
     with pytest.raises(DataError, match="data differs"):
         load_labels(path, Dataset(changed, dataset.renderer, 4096))
     with pytest.raises(DataError, match="data differs"):
@@ -454,10 +522,10 @@ def test_toy_tokenizer_round_trip(held_out, tmp_path):
     renderer = Renderer(str(tmp_path))
     unknown = renderer.tokenizer.token_to_id("<unk>")
     for sample in toy_samples(300, 5, held_out):
-        ids, is_output, roles = renderer.render(sample.messages)
+        ids, marks = renderer.render(sample.messages)
         assert unknown not in ids
-        output = [i for i, scored in zip(ids, is_output) if scored]
+        output = [i for i, mark in zip(ids, marks) if mark]
         assert output[-1] == renderer.end
         assert renderer.tokenizer.decode(output[:-1], skip_special_tokens=False) == sample.messages[2].text
-        reasoning = [renderer.tokenizer.id_to_token(i) for i, role in zip(ids, roles) if role == "reasoning"]
+        reasoning = [renderer.tokenizer.id_to_token(i) for i, mark in zip(ids, marks) if MARKS[mark] == "reasoning"]
         assert reasoning == [text for text, role in sample.messages[2].parts if role == "reasoning"]

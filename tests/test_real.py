@@ -32,7 +32,7 @@ def test_readers(tmp_path):
             if name.startswith("apigen"):
                 assert {role for _, role in outputs[0].parts} == {"reasoning", "format"}, sample.id
         for sample in samples[:20]:
-            ids, is_output, _ = renderer.render(sample.messages)
+            ids, is_output = renderer.render(sample.messages)
             scored = renderer.tokenizer.decode([i for i, out in zip(ids, is_output) if out], skip_special_tokens=False)
             assert scored == "".join(m.text + "<|im_end|>" for m in sample.messages if m.is_output), (name, sample.id)
 

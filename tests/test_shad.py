@@ -39,7 +39,7 @@ def test_token_losses_are_those_of_each_sample_alone(chatml, tmp_path, micro_tok
     expected = []
     for ids, is_output in zip(dataset.ids, dataset.is_output):
         if len(ids):
-            ids = torch.from_numpy(ids).long()[None]
+            ids = torch.tensor(ids).long()[None]
             with torch.no_grad():
                 each = F.cross_entropy(model(ids[:, :-1])[0].double(), ids[0, 1:], reduction="none")
             expected.append(each[torch.from_numpy(is_output[1:])])
@@ -75,7 +75,7 @@ def test_output_pieces_of_the_toy(tmp_path):
 
 
 def test_true_roles_are_scored_on_samples_that_were_not_shuffled():
-    difference, roles = np.array([1.0, -1.0, 1.0, -1.0], np.float32), np.array(["reasoning", "format", "format", "reasoning"])
+    difference, roles = np.array([1.0, -1.0, 1.0, -1.0], np.float32), {"reasoning": np.array([True, False, False, True])}
     losses = np.zeros(4, np.float32)
     truth = shad.summarize(difference, losses, losses, np.array([True, True, False, False]), roles, 0.0)["truth"]
     assert truth["tokens"] == 2 and truth["error"] == 0 and truth["auc"] == 1
