@@ -151,13 +151,7 @@ def train(model: Transformer, dataset: Dataset, labels, o: Options) -> list[dict
     metrics, log = [], None
     if rank == 0:
         os.makedirs(o.out, exist_ok=True)
-        metrics = read_metrics(o.out, first)
-        log = open(os.path.join(o.out, "metrics.jsonl"), "w", encoding="utf-8")
-        log.writelines(json.dumps(m) + "\n" for m in metrics)
-
-    told_to_stop = threading.Event()                        # by SIGTERM: how schedulers announce that the machine is taken away
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: told_to_stop.set())
+        metrics, log = open_metrics(os.path.join(o.out, "metrics.jsonl"), first)
     bar = tqdm(range(first, len(batches)), o.method, unit="step", initial=first, total=len(batches), disable=rank > 0)
     for step in bar:
         start, batch = time.perf_counter(), batches[step]
@@ -191,7 +185,7 @@ def train(model: Transformer, dataset: Dataset, labels, o: Options) -> list[dict
             save_checkpoint(o.out, step + 1, model, optimizer, run, o.keep)
         if stop:
             if rank == 0:
-                print(f"\nSIGTERM: {o.out}/checkpoints holds step {step + 1} of {len(batches)}; the same command with --resume goes on.")
+                print(f"\ntold to stop: {o.out}/checkpoints holds step {step + 1} of {len(batches)}; the same command with --resume goes on.")
             sys.exit(0)
     bar.close()
     final = os.path.join(o.out, "model")
@@ -208,6 +202,7 @@ def train(model: Transformer, dataset: Dataset, labels, o: Options) -> list[dict
 # Checkpoints: OUT/checkpoints/step-00000500, torch.distributed.checkpoint's files plus state.json. Each rank writes its own
 # shard; any number of ranks can read it. Whatever ends a run, a directory of that name is whole: it is renamed when it is.
 
+told_to_stop = threading.Event()            # by SIGTERM, with which schedulers announce that they take the machine away
 MAY_CHANGE = {"model", "data", "out", "labels", "micro_tokens", "checkpoint_every", "keep", "resume", "shard", "recompute", "compile"}
 
 
@@ -283,12 +278,17 @@ def reason(error: BaseException) -> str:
     return (str(error) or type(error).__name__).strip().split("\n")[0]
 
 
-def read_metrics(out: str, steps: int) -> list[dict]:
-    """The metrics of the first `steps` steps; later lines, of steps that a checkpoint did not keep, are left out."""
-    if not steps:
-        return []
-    with open(os.path.join(out, "metrics.jsonl"), encoding="utf-8") as f:
-        return [json.loads(line) for line, _ in zip(f, range(steps))]
+def open_metrics(path: str, steps: int):
+    """The metrics of the first `steps` steps, and the file to append more to, from which later lines are removed: those are of
+    steps that no checkpoint has kept."""
+    metrics = []
+    if steps:
+        with open(path, encoding="utf-8") as f:
+            metrics = [json.loads(line) for line, _ in zip(f, range(steps))]
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(m) + "\n" for m in metrics)
+    os.replace(path + ".tmp", path)
+    return metrics, open(path, "a", encoding="utf-8")
 
 
 def main():
@@ -307,6 +307,7 @@ def main():
         print(dataset.describe())
     sharded = world > 1 and (o.shard == "yes" or o.shard == "auto" and device.type == "cuda")
     base = lambda: Transformer.from_pretrained(o.model, device=device, sharded=sharded)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))    # SHAD keeps what it has done as it goes
     if o.method != "sft" and not o.labels:
         o.labels = os.path.join(o.out, "labels")
         if not os.path.exists(os.path.join(o.labels, "labels.safetensors")):
@@ -315,6 +316,7 @@ def main():
             if rank == 0:
                 print(f"wrote {o.labels}/labels.safetensors and labels.html")
     labels = load_labels(o.labels, dataset) if o.labels else None
+    signal.signal(signal.SIGTERM, lambda *_: told_to_stop.set())
     model = base()
     model.recompute = o.recompute
     if o.compile:
