@@ -320,7 +320,8 @@ def main():
     model = base()
     model.recompute = o.recompute
     if o.compile:
-        model.compile_blocks()
+        for block in model.model.layers:
+            block.compile(dynamic=True)
     metrics = train(model, dataset, labels, o)
     if rank == 0:
         first, last = metrics[0], metrics[-1]
