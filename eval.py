@@ -417,7 +417,9 @@ def judge_plan(reference: dict, output: str, form: str, embed) -> dict:
     if plan and truth:
         similar = lambda part: cosine(embed([step[part] for step in plan]), embed([step[part] for step in truth]))
         weight = 0.75 * similar(1) + 0.25 * similar(2)
-        matched = [j for _, j in best_matching(np.where(weight > 0.8, weight, 0))]
+        # of matchings of equal weight (a plan may repeat a step) the one nearest to the order; upstream's is left to chance
+        apart = np.subtract.outer(np.arange(len(plan)), np.arange(len(truth))) / (len(plan) + len(truth))
+        matched = [j for _, j in best_matching(np.where(weight > 0.8, weight - 1e-7 * apart ** 2, 0))]
         longest = []                                    # longest[k]: of the increasing subsequences that end with matched[k]
         for j in matched:
             longest.append(1 + max((n for n, other in zip(longest, matched) if other < j), default=0))
