@@ -150,7 +150,7 @@ def nexus_items(folder: str) -> list[Item]:
                 if name == "toolalpaca":                            # of a record's turns only the first is asked, as upstream
                     turn = record["turns_1"]
                     query, call = turn["instruction"], json.loads(turn["golden_answer"])[0]
-                    functions = [nexus_function(f"{signature}: pass", text.strip().strip('"').strip()) for signature, text in re.findall(
+                    functions = [nexus_function(f"{signature}: pass", text.strip('" \n')) for signature, text in re.findall(
                         "<func_start>(.*?)<func_end>.*?<docstring_start>(.*?)<docstring_end>", turn["docstring"], re.DOTALL)]
                 elif name == "toolllm":
                     query, call, functions = record["Input"], record["Output"], [nexus_function(f) for f in record["context"]]
@@ -230,8 +230,8 @@ def nexus_arguments(function: dict, positional: list, keywords: dict) -> dict:
     if missing:
         raise ValueError(f"argument {missing[0]!r} is missing")
     full = {a["name"]: given[a["name"]] if a["name"] in given else nexus_default(a) for a in function["args"]}
-    try:
-        return {k: int(v) if isinstance(v, float) else v for k, v in full.items()}      # NexusRaven compares floats as integers
+    try:                                                            # NexusRaven compares floats as integers
+        return {k: int(v) if isinstance(v, float) else v for k, v in full.items()}
     except (ValueError, OverflowError):
         raise ValueError("an argument is NaN or infinite") from None
 
@@ -318,15 +318,19 @@ def teval_reference(category: str, record: dict) -> dict:
     if category == "review_str":
         return {"answer": truth["answer"]}
     if category == "rru_json":                          # arguments that are no object, such as FinishAction's, count as none
-        return {"thought": truth["thought"], "name": truth["name"], "args": truth["args"] if isinstance(truth["args"], dict) else {}}
+        args = truth["args"] if isinstance(truth["args"], dict) else {}
+        return {"thought": truth["thought"], "name": truth["name"], "args": args}
     part = TEVAL[category.removesuffix("_str")][category][0]
     return {part: str(truth[part])}
 
 
 def lexical_trigrams(texts: list[str]) -> np.ndarray:
     """(n, 1024) float32: how often each character trigram occurs, hashed. The plain stand-in for a sentence model."""
-    grams = ([text[i:i + 3].encode("utf-8", "surrogatepass") for i in range(len(text) - 2)] for text in (f"  {t.lower()}  " for t in texts))
-    return np.stack([np.bincount([zlib.crc32(g) % 1024 for g in gs], minlength=1024) for gs in grams]).astype(np.float32)
+    counts = []
+    for text in (f"  {text.lower()}  " for text in texts):
+        grams = [zlib.crc32(text[i:i + 3].encode("utf-8", "surrogatepass")) % 1024 for i in range(len(text) - 2)]
+        counts.append(np.bincount(grams, minlength=1024))
+    return np.stack(counts).astype(np.float32)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -355,8 +359,8 @@ def teval_judge(item: Item, output: str, embed=lexical_trigrams) -> dict:
         parts = judge_step(item.reference, output, form, embed)
     scored = [parts[part] for formats in TEVAL.values() for part in formats.get(item.category, ())]
     score = float(np.mean(scored))
-    return {"correct": score == 1, "reason": "correct" if score == 1 else ", ".join(f"{k} {v:.3g}" for k, v in parts.items()),
-            "score": score, "parts": parts, "embedding": embed.__name__}
+    reason = "correct" if score == 1 else ", ".join(f"{part} {value:.3g}" for part, value in parts.items())
+    return {"correct": score == 1, "reason": reason, "score": score, "parts": parts, "embedding": embed.__name__}
 
 
 def teval_parse(text: str, brackets: str = ""):
@@ -383,17 +387,17 @@ def judge_instruct(reference: dict, output: str, form: str) -> dict:
         except (ValueError, KeyError, TypeError):
             return {"format": 0.0, "args": 0.0}
     else:
-        # thought_start, thought_end + action_start, action_end + args_start, args_end follow one another; where a mark occurs
-        # more than once, the last counts, as in upstream's greedy pattern
+        # the template's marks follow one another; of a mark that occurs more than once the last counts, as in upstream's
+        # pattern of greedy groups
+        to_action, to_args = template["thought_end"] + template["action_start"], template["action_end"] + template["args_start"]
         end = max(output.rfind(template["args_end"]), 0)
-        middle = output.rfind(template["action_end"] + template["args_start"], 0, end)
-        first = output.rfind(template["thought_end"] + template["action_start"], 0, max(middle, 0))
-        start = output.find(template["thought_start"])
-        if not 0 <= start <= first - len(template["thought_start"]):
+        middle = output.rfind(to_args, 0, end)
+        first = output.rfind(to_action, 0, max(middle, 0))
+        if not 0 <= output.find(template["thought_start"]) <= first - len(template["thought_start"]):
             return {"format": 0.0, "args": 0.0}
-        action = output[first + len(template["thought_end"] + template["action_start"]):middle].strip()
+        action = output[first + len(to_action):middle].strip()
         try:
-            args = ast.literal_eval(output[middle + len(template["action_end"] + template["args_start"]):end].strip())
+            args = ast.literal_eval(output[middle + len(to_args):end].strip())
         except Exception:                               # see teval_parse; the form is right all the same
             pass
     args = args if isinstance(args, dict) else {}
@@ -403,21 +407,23 @@ def judge_instruct(reference: dict, output: str, form: str) -> dict:
 
 def judge_plan(reference: dict, output: str, form: str, embed) -> dict:
     """F1 of the steps that a maximum-weight matching finds in the reference plan, in the same order."""
+    steps = []
     if form == "json":
         try:
-            steps = teval_parse(output, "[]")
-            steps = [(int(s["id"]), str(s["name"]), str(s["args"])) for s in steps] if isinstance(steps, list) else []
+            reply = teval_parse(output, "[]")
+            steps = [(int(s["id"]), str(s["name"]), str(s["args"])) for s in reply] if isinstance(reply, list) else []
         except Exception:                               # no list, no step, NaN as id, an integer too long to print
-            steps = []
+            pass
     else:                                               # of each line or sentence: the API named first, the text its arguments
-        lines = [(line, [a for a in reference["API_list"] if a in line]) for line in output.replace(". ", "\n").split("\n")]
-        steps = [(i, min(names, key=line.find), line) for i, (line, names) in enumerate(lines) if names]
+        for i, line in enumerate(output.replace(". ", "\n").split("\n")):
+            names = [name for name in reference["API_list"] if name in line]
+            steps += [(i, min(names, key=line.find), line)] if names else []
     plan, truth = without_finish(steps), reference["plan"]
     correct = 0
     if plan and truth:
         similar = lambda part: cosine(embed([step[part] for step in plan]), embed([step[part] for step in truth]))
         weight = 0.75 * similar(1) + 0.25 * similar(2)
-        # of matchings of equal weight (a plan may repeat a step) the one nearest to the order; upstream's is left to chance
+        # of matchings of equal weight (a plan may repeat a step) the one nearest to the order; upstream takes any
         apart = np.subtract.outer(np.arange(len(plan)), np.arange(len(truth))) / (len(plan) + len(truth))
         matched = [j for _, j in best_matching(np.where(weight > 0.8, weight - 1e-7 * apart ** 2, 0))]
         longest = []                                    # longest[k]: of the increasing subsequences that end with matched[k]
@@ -426,8 +432,8 @@ def judge_plan(reference: dict, output: str, form: str, embed) -> dict:
         correct = max(longest, default=0)
     f1 = lambda correct: 2 * correct / max(len(plan) + len(truth), 1)
     # upstream counts every step as a subsequence of length 1, matched or not, so that no plan with a step in it scores 0
-    return {"f1": f1(correct), "f1_upstream": f1(max(correct, 1)) if plan and truth else 0.0, "precision": correct / max(len(plan), 1),
-            "recall": correct / max(len(truth), 1), "parsed": float(bool(steps))}
+    return {"f1": f1(correct), "f1_upstream": f1(max(correct, 1)) if plan and truth else 0.0,
+            "precision": correct / max(len(plan), 1), "recall": correct / max(len(truth), 1), "parsed": float(bool(steps))}
 
 
 def without_finish(plan: list[tuple]) -> list[tuple]:
@@ -503,12 +509,12 @@ def teval_summary(verdicts: list[dict]) -> dict:
     formats, missing = {}, []
     for name in dict.fromkeys(name for table in TEVAL.values() for name in table):
         group = [v.get("parts", {}) for v in verdicts if v["category"] == name]
-        parts = dict.fromkeys([p for table in TEVAL.values() for p in table.get(name, ())] + [p for parts in group for p in parts])
+        names = dict.fromkeys([p for table in TEVAL.values() for p in table.get(name, ())] + [p for parts in group for p in parts])
         if group:
-            formats[name] = {"asked": len(group)} | {part: float(np.mean([parts.get(part, 0) for parts in group])) for part in parts}
+            formats[name] = {"asked": len(group)} | {p: float(np.mean([parts.get(p, 0) for parts in group])) for p in names}
         else:
             missing.append(name)
-    score = lambda table: float(np.mean([formats[name].get(part, 0) for name, parts in table.items() if name in formats for part in parts]))
+    score = lambda table: float(np.mean([formats[name].get(p, 0) for name, ps in table.items() if name in formats for p in ps]))
     abilities = {ability: score(table) for ability, table in TEVAL.items() if table.keys() & formats.keys()}
     upstream = abilities | {"plan": score(dict.fromkeys(TEVAL["plan"], ("f1_upstream",)))} if "plan" in abilities else abilities
     return {"asked": len(verdicts), "embedding": ", ".join(sorted({v["embedding"] for v in verdicts if "embedding" in v})),

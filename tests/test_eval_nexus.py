@@ -24,12 +24,12 @@ def folder(tmp_path):
         {"query": "Prices of tea, five of them?", "reference": "r = nvdlib.find_price(item = 'tea', limit=5)"},
         {"query": "a broken reference", "reference": "r = nvdlib.find_price("}])
     write(tmp_path / "toolalpaca_queries.json", [{"turns_1": {
-        "instruction": "Turn the lamp on.", "golden_answer": json.dumps(['switch(lamp="desk", on=True, tags=["a"])']),
+        "instruction": "Turn the lamp on.", "golden_answer": json.dumps(['switch(lamp="desk", on=True, tags=None)']),
         "docstring": '\nOPTION:\n<func_start>def switch(lamp: str, on: bool, tags: list[dict])<func_end>\n<docstring_start>\n"""\n'
                      'Switch a lamp.\n"""\n<docstring_end>\n'}}, {"turns_1": {}}])
     write(tmp_path / "toolllm_queries.json", [{
         "Input": "Weather at 25.3, 55.3?", "Output": "weather(lat= 25.26,  lon= -55.3)", "context": [
-            "def weather(lat: int=25.9, lon: int=(- 55.7), day: datetime=((2017 - 12) - 20)):\n    'The weather.'\n    x = locals()"]}])
+            "def weather(lat: int=25.9, lon: int=(- 55.7), day: datetime=((2017 - 12) - 20)):\n    'The weather.'\n    x()"]}])
     return str(tmp_path)
 
 
@@ -46,7 +46,8 @@ def test_items(folder):
     tools = lambda item: json.loads(item.messages[0].text.split("\n")[1])
     assert tools(items[0]) == [{"name": "find_price", "description": PRICE["docstring"].strip(), "parameters": {
         "item": {"type": "str"}, "limit": {"type": "int, optional"}, "shop": {"type": "str, optional", "default": "any"}}}]
-    assert tools(items[2])[0]["parameters"]["tags"] == {"type": "list[dict]"} and tools(items[2])[0]["description"] == "Switch a lamp."
+    assert tools(items[2])[0]["parameters"]["tags"] == {"type": "list[dict]"}
+    assert tools(items[2])[0]["description"] == "Switch a lamp."
     assert tools(items[4])[0]["parameters"]["day"] == {"type": "datetime, optional", "default": "2017 - 12 - 20"}
 
 
@@ -54,7 +55,8 @@ def test_items(folder):
     "find_price(item='tea', limit=5)", 'find_price("tea", 5)', "r = nvdlib.find_price('tea', limit=5, shop='any')",
     "```python\nfind_price(limit=5, item='tea')\n```", "[find_price(item='tea', limit=5)]", "find_price(item='tea', limit=5.9)",
     "\nInitial Answer: find_price(item='tea', limit=5)\nReflection: none", "find_price('tea', 5)\nfind_price('milk')",
-    '[{"name": "find_price", "arguments": {"item": "tea", "limit": 5}}]', '{"name": "find_price", "arguments": {"item": "tea", "limit": 5.0}}',
+    '[{"name": "find_price", "arguments": {"item": "tea", "limit": 5}}]',
+    '{"name": "find_price", "arguments": {"item": "tea", "limit": 5.0}}',
     '```json\n[{"name": "find_price", "arguments": {"item": "tea", "limit": 5, "shop": "any"}}]\n```'])
 def test_right(folder, output):
     assert judge(nexus_items(folder)[0], output)
@@ -62,18 +64,26 @@ def test_right(folder, output):
 
 @pytest.mark.parametrize("output", [
     "find_price(item='Tea', limit=5)", "find_price(item='tea')", "find_price(item='tea', limit=6)", "find_price(item='tea', limit='5')",
-    "find_price(item='tea', limit=5, shop='other')", "find_price(item='tea', limit=5, colour='green')", "find_price('tea', item='tea', limit=5)",
-    "find_price('tea', 5, 'any', 1)", "find_price(limit=5)", "other(item='tea', limit=5)", "find_price(item=tea, limit=5)", "find_price",
-    "find_price(**{'item': 'tea', 'limit': 5})", "find_price(*['tea', 5])", "find_price(item='te' 'b', limit=5)", "I cannot help.", "", "[]", "null",
-    '[{"name": "find_price", "arguments": {"item": "tea"}}]', '[{"name": "find_price", "arguments": ["tea", 5]}]', '[{"name": ["find_price"]}]',
-    '{"name": "find_price", "arguments": {"item": "tea", "limit": NaN}}', '{"name": "find_price", "arguments": {"item": "tea", "limit": 1e999}}'])
+    "find_price(item='tea', limit=5, shop='other')", "find_price(item='tea', limit=5, colour='green')",
+    "find_price('tea', item='tea', limit=5)", "find_price('tea', 5, 'any', 1)", "find_price(limit=5)", "other(item='tea', limit=5)",
+    "find_price(item=tea, limit=5)", "find_price", "find_price(**{'item': 'tea', 'limit': 5})", "find_price(*['tea', 5])",
+    "I cannot help.", "", "[]", "null", '[{"name": "find_price", "arguments": {"item": "tea"}}]',
+    '[{"name": "find_price", "arguments": ["tea", 5]}]', '[{"name": ["find_price"]}]',
+    '{"name": "find_price", "arguments": {"item": "tea", "limit": NaN}}',
+    '{"name": "find_price", "arguments": {"item": "tea", "limit": 1e999}}'])
 def test_wrong(folder, output):
     assert not judge(nexus_items(folder)[0], output)
 
 
+def test_a_required_argument_of_none_must_be_given(folder):
+    item = nexus_items(folder)[2]
+    assert judge(item, "switch('desk', True, None)") and not judge(item, "switch('desk', True)")
+
+
 def test_floats_and_defaults_of_toolllm(folder):
     item = nexus_items(folder)[-1]
-    assert judge(item, "weather(25, -55)") and judge(item, "weather()") and judge(item, '{"name": "weather", "arguments": {"lon": -55.99}}')
+    assert judge(item, "weather(25, -55)") and judge(item, "weather()")
+    assert judge(item, '{"name": "weather", "arguments": {"lon": -55.99}}')
     assert not judge(item, "weather(24.99, -55)") and not judge(item, "weather(day='2017-12-20')")
 
 
@@ -94,12 +104,16 @@ def test_missing_files(tmp_path):
         nexus_items(str(tmp_path))
 
 
-HOSTILE = ["[" * 100_000, "(" * 100_000, "-" * 100_000 + "1", "f(" * 5000, "f(x=" + "[" * 5000 + "]" * 5000 + ")", "f(x=" + "+".join("1" * 20_000) + ")",
-           '{"name": ' * 5000, '[{"name": "find_price", "arguments": {"item": ' + "[" * 900 + "]" * 900 + "}}]", "f(x=" + "9" * 10_000 + ")",
-           "f(x=0x" + "f" * 10_000 + ")", "find_price(0x" + "f" * 10_000 + ", 5)", '{"name": "f", "arguments": {"x": ' + "9" * 10_000 + "}}", "\0", "f(\0)", "f(x='\ud800')",
-           '[{"name": "find_price", "arguments": {"\\ud800": 1}}]', "f(x={[]: 1})", "find_price({[]: 1})", "```" * 50_000, "`" * 100_000, "lambda: 1", "x" * 1_000_000,
-           "f" + "()" * 20_000, "f" + ".a" * 20_000 + "()", "__import__('os').system('touch hacked')", "find_price(item=__import__('os').system('touch hacked'))",
-           "Initial Answer:", "x = y", "def f(): pass", "import os", "pass", "x: int", "f(x=b'a', y={1, 2}, z=1j)"]
+HUGE = "0x" + "f" * 10_000             # an integer that Python refuses to print
+HOSTILE = [
+    "[" * 100_000, "(" * 100_000, "-" * 100_000 + "1", "f(" * 5000, "f(x=" + "[" * 5000 + "]" * 5000 + ")",
+    "f(x=" + "+".join("1" * 20_000) + ")", '{"name": ' * 5000, "f" + "()" * 20_000, "f" + ".a" * 20_000 + "()",
+    '[{"name": "find_price", "arguments": {"item": ' + "[" * 900 + "]" * 900 + "}}]", "f(x=" + "9" * 10_000 + ")", f"f(x={HUGE})",
+    f"find_price({HUGE}, 5)", f"weather({HUGE})", '{"name": "f", "arguments": {"x": ' + "9" * 10_000 + "}}", "\0", "f(\0)",
+    "f(x='\ud800')", '[{"name": "find_price", "arguments": {"\\ud800": 1}}]', "f(x={[]: 1})", "find_price({[]: 1})",
+    "```" * 50_000, "`" * 100_000, "lambda: 1", "x" * 1_000_000, "__import__('os').system('touch hacked')",
+    "find_price(item=__import__('os').system('touch hacked'))", "Initial Answer:", "x = y", "def f(): pass", "import os", "pass",
+    "x: int", "f(x=b'a', y={1, 2}, z=1j)"]
 
 
 @pytest.mark.parametrize("output", HOSTILE, ids=range(len(HOSTILE)))
@@ -121,6 +135,3 @@ def test_every_reference_is_right():
         assert judge(item, as_json(*nexus_call(item.reference["call"]))), item.id
         assert not judge(item, item.reference["call"].replace("(", "_(", 1)), item.id
         assert item.messages[1].text and len(item.messages[0].text) < 14_000
-    by_id = {i.id: i for i in items}
-    wrong = [i.id for i in items if judge(i, by_id[i.category + "_0"].reference["call"]) and i.reference["call"] != by_id[i.category + "_0"].reference["call"]]
-    assert not wrong
