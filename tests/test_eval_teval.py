@@ -16,9 +16,11 @@ from tiny import write
 DATA = os.environ.get("SHAD_RFT_DATA")
 PROMPT = [{"role": "system", "content": "You have tools."}, {"role": "user", "content": "Do it."},
           {"role": "function", "content": "42"}, {"role": "user", "content": "And now?"}]
-MARKS = {"thought_start": "Goal:", "thought_end": "\n", "action_start": "Name:", "action_end": "\n", "args_start": "Args:", "args_end": ""}
+MARKS = {"thought_start": "Goal:", "thought_end": "\n", "action_start": "Name:", "action_end": "\n", "args_start": "Args:",
+         "args_end": ""}
 STEP = {"thought": "look for the film", "name": "Film.search", "args": {"title": "Up", "year": 2009}}
-PLAN = [{"id": 0, "prev": [], "name": "Film.search", "args": {"title": "Up"}}, {"id": 1, "prev": [0], "name": "Mail.send_text", "args": {"to": "Ann"}},
+PLAN = [{"id": 0, "prev": [], "name": "Film.search", "args": {"title": "Up"}},
+        {"id": 1, "prev": [0], "name": "Mail.send_text", "args": {"to": "Ann"}},
         {"id": 2, "prev": [1], "name": "FinishAction", "args": {}}]
 
 
@@ -30,14 +32,16 @@ def record(truth, form="str", **more):
 def items(tmp_path):
     """{category: item}, one of each, read from files of upstream's names."""
     action = {"action": "Film.search", "args": {"title": "Up", "year": 2009}}
-    plan = lambda form: {"a": {"meta": {"prompt_type": form, "API_list": ["Film.search", "Film.search_all", "Mail.send_text"]},
-                               "ground_truth": PLAN, "origin_prompt": PROMPT}}
-    write(tmp_path / "instruct_v2.json", {"a": record(action, "json", template={"thought": "goal", "action": "name", "args": "args"}),
-                                          "b": record(action, "string", template=MARKS)})
+    apis = ["Film.search", "Film.search_all", "Mail.send_text"]
+    plan = lambda form: {"a": {"meta": {"prompt_type": form, "API_list": apis}, "ground_truth": PLAN, "origin_prompt": PROMPT}}
+    write(tmp_path / "instruct_v2.json", {
+        "a": record(action, "json", template={"thought": "goal", "action": "name", "args": "args"}),
+        "b": record(action, "string", template=MARKS)})
     write(tmp_path / "plan_json_v2.json", plan("json"))
     write(tmp_path / "plan_str_v2.json", plan("str"))
     write(tmp_path / "reason_retrieve_understand_json_v2.json", {"a": record(STEP, "json")})
-    for name, truth in [("reason_str", STEP), ("retrieve_str", STEP), ("understand_str", {"args": "Up"}), ("review_str", {"answer": "B", "thought": ""})]:
+    for name, truth in [("reason_str", STEP), ("retrieve_str", STEP), ("understand_str", {"args": "Up"}),
+                        ("review_str", {"answer": "B", "thought": ""})]:
         write(tmp_path / f"{name}_v2.json", json.dumps({"a": record(truth)}, indent=1))
     return {i.category: i for i in teval_items(str(tmp_path))}
 
@@ -72,15 +76,18 @@ def test_parse():
 
 
 @pytest.mark.parametrize("output, form, args", [
-    ('{"goal": "x", "name": "Film.search", "args": {"title": "Up", "year": 2009}}', 1, 1), ('```json\n{"goal": "", "name": "F", "args": {"title": "Up"}}\n```', 1, 1 / 3),
-    ('{"goal": "x", "name": "Film.search", "args": "none"}', 1, 1 / 3), ('{"name": "Film.search", "args": {}}', 0, 0), ("Here: {}", 0, 0), ("[1]", 0, 0), ("7", 0, 0)])
+    ('{"goal": "x", "name": "Film.search", "args": {"title": "Up", "year": 2009}}', 1, 1),
+    ('```json\n{"goal": "", "name": "F", "args": {"title": "Up"}}\n```', 1, 1 / 3),
+    ('{"goal": "x", "name": "Film.search", "args": "none"}', 1, 1 / 3), ('{"name": "Film.search", "args": {}}', 0, 0),
+    ("Here: {}", 0, 0), ("[1]", 0, 0), ("7", 0, 0)])
 def test_instruct_json(items, output, form, args):
     assert parts(items, "instruct_json", output) == pytest.approx({"format": form, "args": args})
 
 
 @pytest.mark.parametrize("output, form, args", [
-    ("Goal: x\nName: Film.search \nArgs: {'title': 'Up', 'year': 2009}", 1, 1), ("Goal:\nName:F\nArgs:{'year': 2009.0}", 1, 1 / 3),
-    ("Goal: x\nName: Film.search\nArgs: {'title': broken", 1, 1 / 3), ("Goal: x\nName: Film.search", 0, 0), ("Name: F\nArgs: {}", 0, 0), ("", 0, 0)])
+    ("Goal: x\nName: Film.search \nArgs: {'title': 'Up', 'year': 2009}", 1, 1),
+    ("Goal:\nName:F\nArgs:{'year': 2009.0}", 1, 1 / 3), ("Goal: x\nName: Film.search\nArgs: {'title': broken", 1, 1 / 3),
+    ("Goal: x\nName: Film.search", 0, 0), ("Name: F\nArgs: {}", 0, 0), ("", 0, 0)])
 def test_instruct_string(items, output, form, args):
     assert parts(items, "instruct_string", output) == pytest.approx({"format": form, "args": args})
 
@@ -92,9 +99,10 @@ def test_instruct_string_is_the_greedy_pattern():
         template = MARKS | {"args_end": end}
         pattern = "Goal:(.*)\nName:(.*)\nArgs:(.*)" + end
         for _ in range(3000):
-            text = "".join(rng.choice(["Goal:", "\nName:", "\nArgs:", "x", "y", "{'k': 1}", "!", "\n"]) for _ in range(rng.randint(3, 12)))
+            text = "".join(rng.choices(["Goal:", "\nName:", "\nArgs:", "x", "y", "{'k': 1}", "!", "\n"], k=rng.randint(3, 12)))
             match = re.search(pattern, text, re.DOTALL)
-            got = judge_instruct({"template": template, "action": match[2].strip() if match else "", "args": {"k": 1}}, text, "string")
+            reference = {"template": template, "action": match[2].strip() if match else "", "args": {"k": 1}}
+            got = judge_instruct(reference, text, "string")
             equal = bool(match) and match[3].strip() == "{'k': 1}"
             assert got == {"format": float(bool(match)), "args": (1 + equal) / 2 if match else 0.0}, text
             found += bool(match)
@@ -109,40 +117,52 @@ FILM, MAIL, FINISH = ("Film.search", {"title": "Up"}), ("Mail.send_text", {"to":
 
 
 @pytest.mark.parametrize("output, f1, f1_upstream, parsed", [
-    (plan_text(FILM, MAIL, FINISH), 1, 1, 1), ("The plan: " + plan_text(FILM, MAIL), 1, 1, 1), (plan_text(MAIL, FILM), 0.5, 0.5, 1),
-    (plan_text(FILM), 2 / 3, 2 / 3, 1), (plan_text(("Map.zoom", {}), ("Map.pan", {})), 0, 0.5, 1), (plan_text(FINISH), 0, 0, 1), ("no plan", 0, 0, 0),
-    ("[1]", 0, 0, 0), ("[]", 0, 0, 0), ('[{"id": NaN, "name": "a", "args": ""}]', 0, 0, 0), ('[{"id": 0, "name": "a"}]', 0, 0, 0)])
+    (plan_text(FILM, MAIL, FINISH), 1, 1, 1), ("The plan: " + plan_text(FILM, MAIL), 1, 1, 1),
+    (plan_text(MAIL, FILM), 0.5, 0.5, 1), (plan_text(FILM), 2 / 3, 2 / 3, 1), (plan_text(FINISH), 0, 0, 1),
+    (plan_text(("Map.zoom", {}), ("Map.pan", {})), 0, 0.5, 1), ("no plan", 0, 0, 0), ("[1]", 0, 0, 0), ("[]", 0, 0, 0),
+    ('[{"id": NaN, "name": "a", "args": ""}]', 0, 0, 0), ('[{"id": 0, "name": "a"}]', 0, 0, 0)])
 def test_plan_json(items, output, f1, f1_upstream, parsed):
     got = parts(items, "plan_json", output)
     assert (got["f1"], got["f1_upstream"], got["parsed"]) == pytest.approx((f1, f1_upstream, parsed))
 
 
+NAMES = ["Film.search", "Mail.send_text"]
+
+
 def test_plan_str(items):
     right = "Use Film.search to {'title': 'Up'}. Use Mail.send_text to {'to': 'Ann'}"
-    same = lambda texts: np.stack([(np.arange(3) == ["Film.search", "Mail.send_text"].index(t) if "." in t and " " not in t else np.ones(3)) for t in texts])
-    assert teval_judge(items["plan_str"], right, same)["correct"] and teval_judge(items["plan_str"], right, same)["embedding"] == "<lambda>"
+
+    def same(texts):                                    # an embedding to which names differ and all else is alike
+        return np.stack([np.arange(2) == NAMES.index(t) if t in NAMES else np.ones(2) for t in texts])
+
+    verdict = teval_judge(items["plan_str"], right, same)
+    assert verdict["correct"] and verdict["embedding"] == "same"
     # the earliest name of a line is its action; of two that begin at the same place, the first in the list
     assert parts(items, "plan_str", "Use Film.search_all to find {'title': 'Up'}")["precision"] == 1
     assert teval_judge(items["plan_str"], "Before Mail.send_text, Film.search\nMail.send_text", same)["parts"]["precision"] == 0.5
-    assert parts(items, "plan_str", "I do not know. Sorry") == dict.fromkeys(("f1", "f1_upstream", "precision", "recall", "parsed"), 0)
+    assert set(parts(items, "plan_str", "I do not know. Sorry").values()) == {0}
 
 
 def test_step(items):
     assert parts(items, "rru_json", f"Next: {STEP}") == {"thought": 1, "name": 1, "args": 1, "parsed": 1}
-    got = parts(items, "rru_json", '{"thought": "look for a film", "name": "Film.searches", "args": {"title": "Up", "year": "2009", "x": 1}}')
+    got = parts(items, "rru_json",
+                '{"thought": "look for a film", "name": "Film.searches", "args": {"title": "Up", "year": "2009", "x": 1}}')
     assert 0.5 < got["thought"] < 1 and (got["name"], got["args"]) == (0, 1)
     assert parts(items, "rru_json", '{"name": "Film.search", "args": ["Up"]}')["args"] == 0
     assert parts(items, "rru_json", "none") == {"thought": 0, "name": 0, "args": 0, "parsed": 0}
     assert parts(items, "reason_str", "look for the film") == {"thought": 1}
-    for output, name in [("Film.search", 1), ("call Film.search now", 1), ("Film.search or Mail.send_text", 0), ("Film.search, FinishAction", 0), ("search", 0)]:
+    for output, name in [("Film.search", 1), ("call Film.search now", 1), ("Film.search or Mail.send_text", 0),
+                         ("Film.search, FinishAction", 0), ("search", 0)]:
         assert parts(items, "retrieve_str", output) == {"name": name}
     for output, args in [("Up", 1), ("'Up'", 1), ('"Up"', 1), ("Up.", 0), (" Up", 0)]:
         assert parts(items, "understand_str", output) == {"args": args}
-    for output, answer, parsed in [("Answer: B", 1, 1), ("B", 1, 1), ("Answer: b", 0, 0), ("Answer: F", 0, 0), ("Answer:", 0, 0), ("Answer: A", 0, 1)]:
+    for output, answer, parsed in [("Answer: B", 1, 1), ("B", 1, 1), ("Answer: b", 0, 0), ("Answer: F", 0, 0), ("Answer:", 0, 0),
+                                   ("Answer: A", 0, 1)]:
         assert parts(items, "review_str", output) == {"answer": answer, "parsed": parsed}
 
 
-@pytest.mark.parametrize("args, output, score", [({}, {}, 1), ({}, {"a": 1}, 0), ("Tasks completed.", "Tasks completed.", 1), ({"a": 1, "b": 2}, {"a": 1}, 0.5)])
+@pytest.mark.parametrize("args, output, score", [
+    ({}, {}, 1), ({}, {"a": 1}, 0), ("Tasks completed.", "Tasks completed.", 1), ({"a": 1, "b": 2}, {"a": 1}, 0.5)])
 def test_understand_json(tmp_path, args, output, score):
     write(tmp_path / "reason_retrieve_understand_json_v1.json", {"a": record(STEP | {"args": args}, "json")})
     [item] = teval_items(str(tmp_path))
@@ -156,8 +176,9 @@ def test_matching():
             weight = rng.random((n, m)) * (rng.random((n, m)) < 0.7)
             pairs = best_matching(weight)
             assert len({i for i, _ in pairs}) == len({j for _, j in pairs}) == len(pairs) and all(weight[p] > 0 for p in pairs)
-            small, large = sorted((n, m))
-            best = max(sum((weight if n <= m else weight.T)[i, j] for i, j in enumerate(js)) for js in itertools.permutations(range(large), small))
+            short = weight if n <= m else weight.T
+            choices = itertools.permutations(range(max(n, m)), min(n, m))
+            best = max(sum(short[i, j] for i, j in enumerate(columns)) for columns in choices)
             assert sum(weight[p] for p in pairs) == pytest.approx(best)
     assert best_matching(np.zeros((3, 2))) == [] and best_matching(np.ones((3, 3))) == [(0, 0), (1, 1), (2, 2)]
 
@@ -178,12 +199,15 @@ def test_embedding():
     assert cosine(-lexical_trigrams(["a"]), lexical_trigrams(["a"])) == 0
 
 
-HOSTILE = ["[" * 100_000, "{" * 100_000, "[" * 5000 + "]" * 5000, "{" * 5000 + "}" * 5000, '{"args":' * 5000 + "1" + "}" * 5000, "[-" + "-" * 100_000 + "1]",
-           "[" + "9" * 10_000 + "]", '[{"id": 1e999, "name": 1, "args": 1}]', f'[{{"id": 0x{"f" * 10_000}, "name": 0x{"f" * 10_000}, "args": 0}}]',
-           f'{{"thought": 0x{"f" * 10_000}, "name": 0x{"f" * 10_000}, "args": {{"title": 0x{"f" * 10_000}}}}}', '{"args": {"title": ' + "[" * 900 + "]" * 900 + "}}",
-           '{"goal": 1, "name": [], "args": {"title": NaN}}', "{[]: 1}", "\0", "\ud800", '{"thought": "\\ud800"}', "a" * 1_000_000, "Goal:\nName:\nArgs:" * 20_000,
-           "Goal:" * 20_000 + "\nName:" * 20_000, "Goal: \nName: \nArgs: " + "[" * 100_000, "é" * 1000 + "." * 1000, "Film.search" * 1000 + ".", ": ", ":",
-           "[" + ", ".join('{"id": 0, "name": "Map.zoom", "args": ""}' for _ in range(2000)) + "]", "b'x'", "{1, 2}", "[{1, 2}]", "[(1, 2)], [3]"]
+HUGE = "0x" + "f" * 10_000             # an integer that Python refuses to print
+HOSTILE = [
+    "[" * 100_000, "{" * 100_000, "[" * 5000 + "]" * 5000, "{" * 5000 + "}" * 5000, '{"args":' * 5000 + "1" + "}" * 5000,
+    "[-" + "-" * 100_000 + "1]", "[" + "9" * 10_000 + "]", '[{"id": 1e999, "name": 1, "args": 1}]',
+    f'[{{"id": {HUGE}, "name": {HUGE}, "args": 0}}]', f'{{"thought": {HUGE}, "name": {HUGE}, "args": {{"title": {HUGE}}}}}',
+    '{"args": {"title": ' + "[" * 900 + "]" * 900 + "}}", '{"goal": 1, "name": [], "args": {"title": NaN}}', "{[]: 1}", "\0",
+    "\ud800", '{"thought": "\\ud800"}', "a" * 1_000_000, "Goal:\nName:\nArgs:" * 20_000, "Goal:" * 20_000 + "\nName:" * 20_000,
+    "Goal: \nName: \nArgs: " + "[" * 100_000, "é" * 1000 + "." * 1000, "Film.search" * 1000 + ".", ": ", ":", "b'x'", "{1, 2}",
+    "[{1, 2}]", "[(1, 2)], [3]", "[" + ", ".join(['{"id": 0, "name": "Map.zoom", "args": ""}'] * 2000) + "]"]
 
 
 @pytest.mark.parametrize("output", HOSTILE, ids=range(len(HOSTILE)))
@@ -200,20 +224,25 @@ def verdicts(items, outputs):
 
 
 def test_summary(items):
-    outputs = {"instruct_json": '{"goal": "", "name": "Film.search", "args": {}}', "plan_json": plan_text(("Map.zoom", {})), "plan_str": "Mail.send_text",
-               "rru_json": str(STEP), "reason_str": STEP["thought"], "retrieve_str": "no", "review_str": "B"}
+    outputs = {"instruct_json": '{"goal": "", "name": "Film.search", "args": {}}', "plan_json": plan_text(("Map.zoom", {})),
+               "plan_str": "Mail.send_text", "rru_json": str(STEP), "reason_str": STEP["thought"], "retrieve_str": "no",
+               "review_str": "B"}
     summary = teval_summary(verdicts(items, outputs))
     # instruct: json (1 + 1/3) / 2, string 0 (no output); plan: 0 and, with upstream's count of 1, 2/3 each
     expected = {"instruct": 1 / 3, "plan": 0, "reason": 1, "retrieve": 0.5, "understand": 0.5, "review": 1}
     assert summary["abilities"] == pytest.approx(expected) and summary["overall"] == pytest.approx(sum(expected.values()) / 6)
-    assert summary["plan_upstream"] == pytest.approx(2 / 3) and summary["overall_upstream"] == pytest.approx((sum(expected.values()) + 2 / 3) / 6)
-    assert summary["embedding"] == "lexical_trigrams" and summary["asked"] == 9 and summary["missing"] == [] and summary["data_faults"] == []
+    assert summary["plan_upstream"] == pytest.approx(2 / 3)
+    assert summary["overall_upstream"] == pytest.approx((sum(expected.values()) + 2 / 3) / 6)
+    assert summary["embedding"] == "lexical_trigrams" and summary["asked"] == 9
+    assert summary["missing"] == summary["data_faults"] == []
     part = teval_summary(verdicts({"review_str": items["review_str"]}, {}))
-    assert part["abilities"] == {"review": 0} and part["overall"] == 0 and len(part["missing"]) == 8 and part["plan_upstream"] is None
+    assert part["abilities"] == {"review": 0} and part["overall"] == 0 and len(part["missing"]) == 8
+    assert part["plan_upstream"] is None
 
 
 def test_broken_records_are_named(tmp_path):
-    write(tmp_path / "review_str_v1.json", {"a": record({"answer": "B"}), "b": {"ground_truth": {}}, "c": record({"answer": "B"}, origin_prompt=[{"role": "king"}])})
+    write(tmp_path / "review_str_v1.json", {"a": record({"answer": "B"}), "b": {"ground_truth": {}},
+                                            "c": record({"answer": "B"}, origin_prompt=[{"role": "king"}])})
     found = {i.id: i for i in teval_items(str(tmp_path))}
     judged = [{"id": i.id, "category": i.category} | teval_judge(i, "B") for i in found.values()]
     assert teval_summary(judged)["data_faults"] == ["review_str_b", "review_str_c"]
@@ -235,10 +264,10 @@ def test_every_reference_is_right(tmp_path):
             return plan_text(*((name, args) for _, name, args in r["plan"])) if item.category == "plan_json" else "\n".join(
                 f"Use {name} to {args}" for _, name, args in r["plan"])
         if item.category == "instruct_json":
-            return json.dumps({r["template"]["thought"]: "", r["template"]["action"]: r["action"], r["template"]["args"]: r["args"]})
+            return json.dumps({r["template"][key]: r.get(key) for key in ("thought", "action", "args")})
         if item.category == "instruct_string":
-            return f"{r['template']['thought_start']}{r['template']['thought_end']}{r['template']['action_start']}{r['action']}" \
-                   f"{r['template']['action_end']}{r['template']['args_start']}{r['args']}"
+            return "".join(r["template"][f"{key}_start"] + str(r.get(key)) + r["template"][f"{key}_end"]
+                           for key in ("thought", "action", "args"))
         [text] = r.values()
         return text
 
