@@ -56,6 +56,14 @@ def data_faults(verdicts: list[dict]) -> list[str]:
     return [v["id"] for v in verdicts if v["reason"].startswith(DATA_FAULT)]
 
 
+def read_object(path: str) -> dict:
+    """The one JSON object that a file holds."""
+    content = next((record for _, record in read_records(path)), None)
+    if not isinstance(content, dict):
+        raise DataError(f"{path} does not hold one JSON object; fetch the benchmark's file again.")
+    return content
+
+
 def losses_by_group(losses: np.ndarray, groups: dict) -> dict:
     """Mean loss of each group of tokens: {name: {"loss": nats, "tokens": count}}; groups: {name: (output tokens,) bool}."""
     return {name: {"loss": float(losses[g].mean()) if g.any() else None, "tokens": int(g.sum())} for name, g in groups.items()}
@@ -142,7 +150,7 @@ def nexus_items(folder: str) -> list[Item]:
     if not paths:
         raise DataError(f"{folder} holds none of {', '.join(f'{name}_queries.json' for name in NEXUS_SETS)}; "
                         "give the folder of NexusRaven's queries with --data.")
-    specs = paths.keys() - {"toolalpaca", "toolllm"} and next(read_records(os.path.join(folder, "function_specs.json")))[1]
+    specs = read_object(os.path.join(folder, "function_specs.json")) if paths.keys() - {"toolalpaca", "toolllm"} else {}
     items = []
     for name, path in paths.items():
         for i, (_, record) in enumerate(read_records(path)):
@@ -157,11 +165,15 @@ def nexus_items(folder: str) -> list[Item]:
                 else:
                     query, call, functions = record["query"], record["reference"], specs[name]
                 tools = json.dumps([nexus_tool(f) for f in functions], ensure_ascii=False)
-                messages = [Message("system", TOOL_PROMPT.format(tools)), Message("user", query)]
-                reference = {"call": call, "functions": {f["name"]: f for f in functions}}
+                messages = [Message("system", TOOL_PROMPT.format(tools)), Message("user", "" + query)]
+                called, *arguments = nexus_call(call)
+                function = {f["name"]: f for f in functions}[called]
+                reference = {"call": call, "function": function, "arguments": nexus_arguments(function, *arguments)}
             except RECORD_FAULTS as e:
                 messages, reference = [Message("user", "")], {"fault": f"{type(e).__name__}: {e}"}
             items.append(Item(f"{name}_{i}", name, messages, reference))
+    if not items:
+        raise DataError(f"the files of {folder} hold no records; fetch NexusRaven's queries again.")
     return items
 
 
@@ -190,7 +202,7 @@ def nexus_default(argument: dict):
     """The value of a default; where that is no literal, such as ((2017 - 12) - 20), its text stands for it."""
     try:
         return ast.literal_eval(argument["default"])
-    except ValueError:
+    except (ValueError, SyntaxError):
         return argument["default"]
 
 
@@ -238,19 +250,14 @@ def nexus_arguments(function: dict, positional: list, keywords: dict) -> dict:
 
 def nexus_judge(item: Item, output: str) -> dict:
     """Right if the first call's name equals the reference's and so do the full arguments, each by Python's =="""
-    try:
-        if "fault" in item.reference:
-            raise ValueError(item.reference["fault"])
-        functions = item.reference["functions"]
-        expected_name, *arguments = nexus_call(item.reference["call"])
-        expected = nexus_arguments(functions[expected_name], *arguments)
-    except (KeyError, ValueError) as e:
-        return {"correct": False, "reason": f"{DATA_FAULT} {e}"}
+    if "fault" in item.reference:
+        return {"correct": False, "reason": f"{DATA_FAULT} {item.reference['fault']}"}
+    function, expected = item.reference["function"], item.reference["arguments"]
     try:
         name, *arguments = nexus_call(output)
-        if name != expected_name:
-            return {"correct": False, "reason": f"function {name[:80]!r}, not {expected_name!r}"}
-        got = nexus_arguments(functions[name], *arguments)
+        if name != function["name"]:
+            return {"correct": False, "reason": f"function {name[:80]!r}, not {function['name']!r}"}
+        got = nexus_arguments(function, *arguments)
     except ValueError as e:
         return {"correct": False, "reason": str(e)}
     differs = [f"{k} is not {v!r}" for k, v in expected.items() if got[k] != v]
@@ -294,16 +301,18 @@ def teval_items(folder: str) -> list[Item]:
                         "give the folder of T-Eval's data with --data.")
     items = []
     for name in sorted(files, key=TEVAL_FILES.index):
-        for key, record in next(read_records(os.path.join(folder, files[name])))[1].items():
-            category = name.replace("reason_retrieve_understand", "rru")
+        for key, record in read_object(os.path.join(folder, files[name])).items():
+            category = "instruct_json" if name == "instruct" else name.replace("reason_retrieve_understand", "rru")
             try:
                 if name == "instruct":
-                    category += "_" + record["meta_data"]["response_format"]        # json or string
-                messages = [Message(ROLES[turn["role"]], turn["content"]) for turn in record["origin_prompt"]]
+                    category = {"json": "instruct_json", "string": "instruct_string"}[record["meta_data"]["response_format"]]
+                messages = [Message(ROLES[turn["role"]], "" + turn["content"]) for turn in record["origin_prompt"]]
                 reference = teval_reference(category, record)
             except RECORD_FAULTS as e:
                 messages, reference = [Message("user", "")], {"fault": f"{type(e).__name__}: {e}"}
             items.append(Item(f"{category}_{key}", category, messages, reference))
+    if not items:
+        raise DataError(f"the files of {folder} hold no records; fetch T-Eval's data again.")
     return items
 
 
@@ -311,16 +320,16 @@ def teval_reference(category: str, record: dict) -> dict:
     """What the judge needs of a record."""
     truth = record["ground_truth"]
     if category.startswith("plan"):
-        plan = [(step["id"], str(step["name"]), str(step["args"])) for step in truth]
-        return {"plan": without_finish(plan), "API_list": record["meta"]["API_list"] if category == "plan_str" else None}
+        plan = [(int(step["id"]), str(step["name"]), str(step["args"])) for step in truth]
+        return {"plan": without_finish(plan), "API_list": list(map(str, record["meta"]["API_list"]))}
     if category.startswith("instruct"):
-        return {"template": record["template"], "action": truth["action"], "args": dict(truth["args"])}
-    if category == "review_str":
-        return {"answer": truth["answer"]}
+        ends = ("",) if category == "instruct_json" else ("_start", "_end")
+        template = {key + end: str(record["template"][key + end]) for key in ("thought", "action", "args") for end in ends}
+        return {"template": template, "action": truth["action"], "args": dict(truth["args"])}
     if category == "rru_json":                          # arguments that are no object, such as FinishAction's, count as none
         args = truth["args"] if isinstance(truth["args"], dict) else {}
-        return {"thought": truth["thought"], "name": truth["name"], "args": args}
-    part = TEVAL[category.removesuffix("_str")][category][0]
+        return {"thought": str(truth["thought"]), "name": str(truth["name"]), "args": args}
+    part = {"reason_str": "thought", "retrieve_str": "name", "understand_str": "args", "review_str": "answer"}[category]
     return {part: str(truth[part])}
 
 

@@ -22,7 +22,8 @@ def folder(tmp_path):
     write(tmp_path / "function_specs.json", {"cve_cpe": [PRICE]})
     write(tmp_path / "cve_cpe_queries.json", [
         {"query": "Prices of tea, five of them?", "reference": "r = nvdlib.find_price(item = 'tea', limit=5)"},
-        {"query": "a broken reference", "reference": "r = nvdlib.find_price("}])
+        {"query": "a broken reference", "reference": "r = nvdlib.find_price("}, {"query": None, "reference": "find_price('tea')"},
+        {"query": "an unknown function", "reference": "other()"}, {"query": "a call of the wrong kind", "reference": 7}])
     write(tmp_path / "toolalpaca_queries.json", [{"turns_1": {
         "instruction": "Turn the lamp on.", "golden_answer": json.dumps(['switch(lamp="desk", on=True, tags=None)']),
         "docstring": '\nOPTION:\n<func_start>def switch(lamp: str, on: bool, tags: list[dict])<func_end>\n<docstring_start>\n"""\n'
@@ -41,14 +42,14 @@ def judge(item, output):
 
 def test_items(folder):
     items = nexus_items(folder)
-    assert [i.id for i in items] == ["cve_cpe_0", "cve_cpe_1", "toolalpaca_0", "toolalpaca_1", "toolllm_0"]
+    assert [i.id for i in items] == [*(f"cve_cpe_{i}" for i in range(5)), "toolalpaca_0", "toolalpaca_1", "toolllm_0"]
     assert [m.role for m in items[0].messages] == ["system", "user"] and items[0].messages[1].text == "Prices of tea, five of them?"
     tools = lambda item: json.loads(item.messages[0].text.split("\n")[1])
     assert tools(items[0]) == [{"name": "find_price", "description": PRICE["docstring"].strip(), "parameters": {
         "item": {"type": "str"}, "limit": {"type": "int, optional"}, "shop": {"type": "str, optional", "default": "any"}}}]
-    assert tools(items[2])[0]["parameters"]["tags"] == {"type": "list[dict]"}
-    assert tools(items[2])[0]["description"] == "Switch a lamp."
-    assert tools(items[4])[0]["parameters"]["day"] == {"type": "datetime, optional", "default": "2017 - 12 - 20"}
+    assert tools(items[5])[0]["parameters"]["tags"] == {"type": "list[dict]"}
+    assert tools(items[5])[0]["description"] == "Switch a lamp."
+    assert tools(items[7])[0]["parameters"]["day"] == {"type": "datetime, optional", "default": "2017 - 12 - 20"}
 
 
 @pytest.mark.parametrize("output", [
@@ -76,7 +77,7 @@ def test_wrong(folder, output):
 
 
 def test_a_required_argument_of_none_must_be_given(folder):
-    item = nexus_items(folder)[2]
+    item = nexus_items(folder)[5]
     assert judge(item, "switch('desk', True, None)") and not judge(item, "switch('desk', True)")
 
 
@@ -91,9 +92,9 @@ def test_broken_records_are_named(folder):
     items = nexus_items(folder)
     verdicts = [{"id": i.id, "category": i.category} | nexus_judge(i, "find_price('tea', 5)") for i in items]
     summary = nexus_summary(verdicts)
-    assert summary["data_faults"] == ["cve_cpe_1", "toolalpaca_1"]
-    assert summary["accuracy"] == {"cve_cpe": 0.5, "toolalpaca": 0, "toolllm": 0}
-    assert summary["average_over_sets"] == pytest.approx(1 / 6) and summary["average_over_items"] == pytest.approx(1 / 5)
+    assert summary["data_faults"] == ["cve_cpe_1", "cve_cpe_2", "cve_cpe_3", "cve_cpe_4", "toolalpaca_1"]
+    assert summary["accuracy"] == {"cve_cpe": 0.2, "toolalpaca": 0, "toolllm": 0}
+    assert summary["average_over_sets"] == pytest.approx(0.2 / 3) and summary["average_over_items"] == pytest.approx(1 / 8)
 
 
 def test_missing_files(tmp_path):
@@ -101,6 +102,12 @@ def test_missing_files(tmp_path):
         nexus_items(str(tmp_path))
     write(tmp_path / "emailrep_queries.json", [])
     with pytest.raises(DataError, match="function_specs.json"):
+        nexus_items(str(tmp_path))
+    write(tmp_path / "function_specs.json", [])
+    with pytest.raises(DataError, match="one JSON object"):
+        nexus_items(str(tmp_path))
+    write(tmp_path / "function_specs.json", {})
+    with pytest.raises(DataError, match="no records"):
         nexus_items(str(tmp_path))
 
 

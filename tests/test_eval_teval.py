@@ -62,7 +62,9 @@ def test_folder(tmp_path):
     with pytest.raises(DataError, match="plan_json_v1.json"):
         teval_items(str(tmp_path))
     for name in ("review_str_v1.json", "review_str_v2.json"):
-        write(tmp_path / name, {"a": record({"answer": "B"})})
+        write(tmp_path / name, [])
+        with pytest.raises(DataError):
+            teval_items(str(tmp_path))
     with pytest.raises(DataError, match="both review_str_v1.json and review_str_v2.json"):
         teval_items(str(tmp_path))
 
@@ -242,11 +244,15 @@ def test_summary(items):
 
 def test_broken_records_are_named(tmp_path):
     write(tmp_path / "review_str_v1.json", {"a": record({"answer": "B"}), "b": {"ground_truth": {}},
-                                            "c": record({"answer": "B"}, origin_prompt=[{"role": "king"}])})
+                                            "c": record({"answer": "B"}, origin_prompt=[{"role": "king"}]),
+                                            "d": record({"answer": "B"}, origin_prompt=[{"role": "user", "content": None}])})
+    write(tmp_path / "instruct_v1.json", {"a": {}, "b": record({"action": "", "args": {}}, "xml"),
+                                          "c": record({"action": "", "args": {}}, "string", template={})})
     found = {i.id: i for i in teval_items(str(tmp_path))}
     judged = [{"id": i.id, "category": i.category} | teval_judge(i, "B") for i in found.values()]
-    assert teval_summary(judged)["data_faults"] == ["review_str_b", "review_str_c"]
-    assert teval_summary(judged)["abilities"] == {"review": pytest.approx(1 / 3)}
+    assert teval_summary(judged)["data_faults"] == ["instruct_json_a", "instruct_json_b", "instruct_string_c", "review_str_b", "review_str_c",
+                                                    "review_str_d"]
+    assert teval_summary(judged)["abilities"] == {"instruct": 0, "review": 0.25}
 
 
 @pytest.mark.skipif(not DATA, reason="set SHAD_RFT_DATA to a folder with teval/")
