@@ -221,8 +221,8 @@ def test_hostile_outputs_are_wrong(items, output):
 
 
 def verdicts(items, outputs):
-    missing = {"correct": False, "reason": "no output"}
-    return [{"id": i.id, "category": i.category} | (teval_judge(i, outputs[i.category]) if i.category in outputs else missing) for i in items.values()]
+    judge = lambda i: teval_judge(i, outputs[i.category]) if i.category in outputs else {"correct": False, "reason": "no output"}
+    return [{"id": i.id, "category": i.category} | judge(i) for i in items.values()]
 
 
 def test_summary(items):
@@ -250,8 +250,8 @@ def test_broken_records_are_named(tmp_path):
                                           "c": record({"action": "", "args": {}}, "string", template={})})
     found = {i.id: i for i in teval_items(str(tmp_path))}
     judged = [{"id": i.id, "category": i.category} | teval_judge(i, "B") for i in found.values()]
-    assert teval_summary(judged)["data_faults"] == ["instruct_json_a", "instruct_json_b", "instruct_string_c", "review_str_b", "review_str_c",
-                                                    "review_str_d"]
+    assert teval_summary(judged)["data_faults"] == ["instruct_json_a", "instruct_json_b", "instruct_string_c",
+                                                    "review_str_b", "review_str_c", "review_str_d"]
     assert teval_summary(judged)["abilities"] == {"instruct": 0, "review": 0.25}
 
 
