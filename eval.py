@@ -136,43 +136,43 @@ Thought:
 Action
 Action Input:
 
-You then get the result of the call, and go on from there, one thought and call after the other, until you can give the final answer.
+You then get the result of the call and go on from there, one thought and call after the other, until you can give the answer.
 Remember:
 1.a call cannot be taken back; to begin the task afresh, give up and restart.
 2.keep every thought short, five sentences at most.
 3.you may try several things, one in each call.
 Task description: Use the functions to help with the user's query. Remember:
-1.ALWAYS call "Finish" at the end of the task, with a final answer that holds all that the user should be told. If you cannot do the \
-task, or the functions always fail, use Finish->give_up_and_restart.
+1.ALWAYS call "Finish" at the end of the task, with a final answer that holds all that the user should be told. If you cannot do \
+the task, or the functions always fail, use Finish->give_up_and_restart.
 2.Use the functions' names, not the names of the tools.
 You have access of the following tools:
 {tools}
 Specifically, you have access to the following APIs: {functions}"""
-STB_FINISH = {"name": "Finish", "description": "Ends the task: with the final answer, which is all that the user will see, or by giving "
-              "up where no answer can be had. ALWAYS call it at the end.", "parameters": {"type": "object", "properties": {
-                  "return_type": {"type": "string", "enum": ["give_answer", "give_up_and_restart"]},
-                  "final_answer": {"type": "string", "description": 'The answer for the user, if "return_type"=="give_answer"'}},
-                  "required": ["return_type"]}}
+STB_FINISH = {"name": "Finish", "description": "Ends the task: with the final answer, which is all that the user will see, or by "
+              "giving up where no answer can be had. ALWAYS call it at the end.", "parameters": {
+                  "type": "object", "required": ["return_type"], "properties": {
+                      "return_type": {"type": "string", "enum": ["give_answer", "give_up_and_restart"]},
+                      "final_answer": {"type": "string", "description": 'The answer, if "return_type"=="give_answer"'}}}}
 STB_ATTEMPTS = 3            # of a request that times out, fails with 5xx or 429, or is answered with nonsense
 STB_STATUSES = ("Solved", "Unsure", "Unsolved")
 STB_SOLVED = """Does the answer solve the user's query?
-Unsolved: it apologises, or does not respond to the query. Unsure: it responds, but one cannot tell from it alone whether the query is \
-solved. Solved or Unsolved: it responds, and one can tell.
+Unsolved: it apologises, or does not respond to the query. Unsure: it responds, but one cannot tell from it alone whether the \
+query is solved. Solved or Unsolved: it responds, and one can tell.
 
 Query: {query}
 
 Answer: {answer}"""
 STB_SOLVED_IN_DETAIL = """Does the answer solve the user's query? Check it against the calls that were made for it.
-Unsolved: every call failed, or the calls' results contradict the answer. Unsure: the calls do not show whether the answer is true. \
-Solved: calls succeeded, and what they returned does solve the query.
+Unsolved: every call failed, or the calls' results contradict the answer. Unsure: the calls do not show whether the answer is \
+true. Solved: calls succeeded, and what they returned does solve the query.
 
 Query: {query}
 
 Answer: {answer}
 
 Calls: {trace}"""
-STB_BETTER = """Which of two answers serves the user's query better? Compare how informative, how true to the calls' results and how well \
-reasoned they are; then how much of the query the calls dealt with; then how few calls were needed.
+STB_BETTER = """Which of two answers serves the user's query better? Compare how informative, how true to the calls' results and how \
+well reasoned they are; then how much of the query the calls dealt with; then how few calls were needed.
 
 Query: {query}
 
@@ -186,12 +186,12 @@ Calls 1: {3}"""
 def stb_items(folder: str) -> list[Item]:
     """The queries of solvable_queries/test_instruction/G*.json below `folder`, or of the folder itself; id is the query_id.
 
-    A record that lacks what is needed stays in, without messages and with its fault as the reference: it counts as asked and unsolved.
+    A record that lacks what is needed stays in, without messages and with its fault as the reference: asked, and unsolved.
     """
     files = sorted(path for below in ("", "test_instruction", "solvable_queries/test_instruction")
                    for path in glob.glob(os.path.join(glob.escape(folder), below, "G[123]_*.json")))
     if not files:
-        raise DataError(f"{folder} holds no solvable_queries/test_instruction/G*.json; name StableToolBench's folder of queries.")
+        raise DataError(f"{folder} holds no solvable_queries/test_instruction/G*.json; name StableToolBench's folder.")
     items = []
     for path in files:
         category = os.path.basename(path)[:-len(".json")]
@@ -208,9 +208,11 @@ def stb_item(record: dict, category: str) -> Item:
     documents = [stb_function(api) for api in apis]
     functions = {}              # name -> (category, tool, api); names are cut, so a few collide: the first has it, as upstream
     for api, document in zip(apis, documents):
-        functions.setdefault(document["name"], (api["category_name"], stb_name(api["tool_name"]), stb_name(api["api_name"], True)))
+        names = api["category_name"], stb_name(api["tool_name"]), stb_name(api["api_name"], True)
+        functions.setdefault(document["name"], names)
     # upstream describes each tool from its own files, which the queries do not hold; without a description it says None
-    tools = "".join(f"{i}.{tool}: None\n" for i, tool in enumerate(dict.fromkeys(stb_name(api["tool_name"]) for api in apis), 1))
+    names = dict.fromkeys(stb_name(api["tool_name"]) for api in apis)
+    tools = "".join(f"{i}.{name}: None\n" for i, name in enumerate(names, 1))
     return Item(str(record["query_id"]), category, [
         Message("system", STB_PROMPT.format(tools=tools, functions=[*documents, STB_FINISH])),
         Message("user", f"{record['query']}\nBegin!")],
@@ -247,7 +249,7 @@ def stb_function(api: dict) -> dict:
 
 
 def stb_calls(output: str) -> tuple[str, list[tuple[str, object]]]:
-    """(thought, [(action, input)]) of a turn: Thought / Action / Action Input, or APIGen's JSON list of calls; [] if neither."""
+    """(thought, [(action, input)]) of a turn: Thought / Action / Action Input, or APIGen's JSON list of calls; else []."""
     head, found, tool_input = output.partition("Action Input:")
     thought, found_action, action = head.rpartition("Action:")
     if found and found_action:
@@ -280,7 +282,7 @@ def stb_end(trace: list[dict]) -> tuple[str | None, str]:
     given = trace[-1].get("input", "")
     if isinstance(given, dict):
         kind, answer = given.get("return_type"), given.get("final_answer")
-    else:                                               # broken JSON, cut short perhaps: the fields are searched for, as upstream does
+    else:                                   # broken JSON, cut short perhaps: the fields are searched for, as upstream does
         kind, answer = (found and found[1] for found in (re.search(r'"return_type": ?"(\w+)', given),
                                                          re.search(r'"final_answer": ?"(.*)', given, re.DOTALL)))
     if kind == "give_up_and_restart":
@@ -300,9 +302,10 @@ def stb_run(items: list[Item], speak, call, max_steps: int = 12, done=lambda ite
     """
     active = [(item, list(item.messages), []) for item in items]
     traces = {item.id: trace for item, _, trace in active}
-    with ThreadPoolExecutor(8) as pool:                                     # a call waits for the environment, not for this machine
+    with ThreadPoolExecutor(8) as pool:                 # a call waits for the environment, not for this machine
         for turn in range(max_steps + 1):
-            over = [turn == max_steps or not talk or stb_end(trace)[0] or any("stopped" in s for s in trace) for _, talk, trace in active]
+            over = [turn == max_steps or not talk or stb_end(trace)[0] or any("stopped" in step for step in trace)
+                    for _, talk, trace in active]
             for entry, is_over in zip(active, over):
                 if is_over:
                     done(entry[0], entry[2])
@@ -311,7 +314,7 @@ def stb_run(items: list[Item], speak, call, max_steps: int = 12, done=lambda ite
                 return traces
             outputs = speak([talk for _, talk, _ in active])
             turns = pool.map(lambda entry, output: stb_turn(entry[0], output, call), active, outputs)
-            for (_, talk, trace), output, steps in zip(active, outputs, turns):
+            for (_, talk, trace), output, steps in zip(active, outputs, turns, strict=True):
                 trace += steps
                 talk += [Message("assistant", (output or "").strip("\n")), *(Message("tool", s["observation"]) for s in steps)]
 
@@ -319,7 +322,7 @@ def stb_run(items: list[Item], speak, call, max_steps: int = 12, done=lambda ite
 def stb_turn(item: Item, output: str | None, call) -> list[dict]:
     """The steps of one turn, a call each, with what the environment observes."""
     if output is None:
-        return [{"thought": "", "action": "", "input": "", "observation": "", "stopped": "the conversation is too long for the model"}]
+        return [{"thought": "", "action": "", "input": "", "observation": "", "stopped": "the conversation grew too long"}]
     thought, calls = stb_calls(output)
     steps = []
     for action, given in calls or [("", "")]:
@@ -363,13 +366,16 @@ def stb_post(url: str, body: dict, headers: dict, timeout: float, read):
 
 
 def stb_reply(value: dict) -> dict:
-    return {"error": value["error"], "response": value["response"]}
+    reply = {"error": value["error"], "response": value["response"]}
+    json.dumps(reply)                                   # raises for nesting too deep to be shown to the agent
+    return reply
 
 
 def stb_failure(fault: str) -> dict:
     """What the agent sees, in upstream's words, when the environment itself fails; the fault is counted in the summary."""
     status = f". status_code={fault[5:]}" if fault.startswith("http ") else ""
-    return {"error": "Timeout error..." if fault == "timeout" else f"request invalid, data error{status}", "response": "", "fault": fault}
+    error = "Timeout error..." if fault == "timeout" else f"request invalid, data error{status}"
+    return {"error": error, "response": "", "fault": fault}
 
 
 def stb_server(url: str, key: str = "", timeout: float = 60.0):
@@ -418,7 +424,7 @@ def stb_stored(find):
 def stb_cache(folder: str):
     """The environment of a cache folder in the server's layout: <Category>/<tool>_for_<Category>/<api>.json."""
     if not os.path.isdir(folder):
-        raise DataError(f"{folder} is no folder; name the one with the server's cache, <Category>/<tool>_for_<Category>/<api>.json.")
+        raise DataError(f"{folder} is no folder; name the cache's, with <Category>/<tool>_for_<Category>/<api>.json in it.")
 
     def find(category: str, tool: str, api: str) -> dict:
         category = re.sub("[ ,/]", "_", category).replace("__", "_")
@@ -431,7 +437,7 @@ def stb_cache(folder: str):
 
 
 def stb_recorded(path: str):
-    """The environment of responses seen in earlier runs, one JSON object: {function: {input as text: {"error", "response"}}}."""
+    """The environment of responses seen in earlier runs: a JSON object {function: {input as text: {"error", "response"}}}."""
     recorded = dict(pair for _, record in read_records(path) if isinstance(record, dict) for pair in record.items())
     if not all(isinstance(responses, dict) for responses in recorded.values()) or not recorded:
         raise DataError(f'{path} must be a JSON object {{function: {{input: {{"error", "response"}}}}}}.')
@@ -441,7 +447,7 @@ def stb_recorded(path: str):
 def stb_traces(path: str) -> dict[str, list[dict]]:
     """Traces {id: steps} of a file of {"id", "trace": [{"action", "input", "observation"}, ...]} lines, as the run writes them.
 
-    {"id", "output": "the final answer"} will do where the steps are unknown; a later line of the same id replaces an earlier one.
+    {"id", "output": "the final answer"} will do where the steps are unknown. A later line of an id replaces an earlier one.
     """
     traces = {}
     for where, record in read_records(path):
@@ -461,7 +467,7 @@ def stb_endpoint(url: str, model: str, key: str = "", timeout: float = 120.0):
     url = checked_url(url) + "/chat/completions"
 
     def judge(prompt: str, choices: tuple) -> tuple[str | None, str]:
-        ask = f'{prompt}\n\nGive your reasons in a few sentences, then end with {{"verdict": "..."}}: one of {", ".join(choices)}.'
+        ask = f'{prompt}\n\nGive your reasons briefly, then end with {{"verdict": "..."}}: one of {", ".join(choices)}.'
 
         def read(reply: dict) -> tuple[str, str]:
             text = reply["choices"][0]["message"]["content"]
@@ -474,9 +480,9 @@ def stb_endpoint(url: str, model: str, key: str = "", timeout: float = 120.0):
 
 
 def stb_judge(item: Item, trace: list[dict], judge=None) -> dict:
-    """The verdict on a trace: "status" Solved, Unsure or Unsolved with "score" 1, 0.5 or 0; "not judged" with none or where the judge fails.
+    """The verdict on a trace: "status" Solved, Unsure or Unsolved, "score" 1, 0.5 or 0; "not judged" and 0 without a judge's word.
 
-    The judge is asked on the answer alone, and if Unsure once more with the calls. A trace without an answer is Unsolved unasked.
+    The judge sees the answer alone, and if Unsure of that once more with the calls. What has no answer is Unsolved unasked.
     """
     query, functions = item.reference.get("query"), item.reference.get("functions", {})
     kind, answer = stb_end(trace)
@@ -494,7 +500,8 @@ def stb_judge(item: Item, trace: list[dict], judge=None) -> dict:
     else:
         status, reason = judge(STB_SOLVED.format(query=query, answer=answer), STB_STATUSES)
         if status == "Unsure":
-            status, reason = judge(STB_SOLVED_IN_DETAIL.format(query=query, answer=answer, trace=json.dumps(trace)), STB_STATUSES)
+            prompt = STB_SOLVED_IN_DETAIL.format(query=query, answer=answer, trace=json.dumps(trace))
+            status, reason = judge(prompt, STB_STATUSES)
         if status is None:
             status, reason, errors = "not judged", f"the judge failed: {reason}", [reason]
     steps = [step for step in trace if "stopped" not in step][:-1 if kind else None]            # all but the Finish
@@ -505,25 +512,27 @@ def stb_judge(item: Item, trace: list[dict], judge=None) -> dict:
             "valid_json": sum(isinstance(step["input"], dict) for step in steps),
             "relevant": len(item.reference.get("relevant", [])),
             "relevant_called": len({step["action"] for step in steps} & set(item.reference.get("relevant", []))),
-            "sources": dict(Counter(step["source"] for step in steps if "source" in step)),
-            "server_errors": dict(Counter(step["fault"] for step in steps if "fault" in step)), "judge_errors": dict(Counter(errors))}
+            "sources": dict(Counter(str(step["source"]) for step in steps if "source" in step)),
+            "server_errors": dict(Counter(str(step["fault"]) for step in steps if "fault" in step)),
+            "judge_errors": dict(Counter(errors))}
 
 
 def stb_compare(item: Item, ours: tuple[dict, list], theirs: tuple[dict, list], judge) -> dict:
-    """{"win": "win" | "tie" | "lose" | "not judged", "win_reason"} of two (verdict, trace) on one item, to be merged into our verdict.
+    """{"win": "win" | "tie" | "lose" | "not judged", "win_reason"} of two (verdict, trace) on an item, to be merged into our verdict.
 
-    The better status wins, and a missing answer loses to any. Between equals the judge chooses, asked in both orders: a tie if it
-    wavers. (Upstream asks twice in the same order, and tosses a coin between equal answers.)
+    The better status wins, and a missing answer loses to any. Between equals the judge chooses, asked in both orders: a tie if
+    it wavers. (Upstream asks twice in the same order, and tosses a coin between equal answers.)
     """
     (verdict, trace), (other, other_trace) = ours, theirs
     if "not judged" in (verdict["status"], other["status"]):
         return {"win": "not judged", "win_reason": "not both answers are judged"}
-    rank, other_rank = ((v["output"] or "").strip() != "" and ("", "Unsolved", "Unsure", "Solved").index(v["status"])
-                        for v in (verdict, other))                          # 0: no answer
-    if rank != other_rank:
-        return {"win": "win" if rank > other_rank else "lose", "win_reason": f"{verdict['status']} against {other['status']}"}
-    if rank == 0 or verdict["output"] == other["output"]:
-        return {"win": "tie", "win_reason": "the same answer" if rank else "no answer from either"}
+    status, other_status = (v["status"] if (v["output"] or "").strip() else "no answer" for v in (verdict, other))
+    ranks = (*STB_STATUSES, "no answer")
+    if status != other_status:
+        win = "win" if ranks.index(status) < ranks.index(other_status) else "lose"
+        return {"win": win, "win_reason": f"{status} against {other_status}"}
+    if verdict["output"] == other["output"] or status == "no answer":
+        return {"win": "tie", "win_reason": "no answer from either" if status == "no answer" else "the same answer"}
     sides = [(verdict["output"], json.dumps(trace)), (other["output"], json.dumps(other_trace))]
     (first, why), (second, why_too) = (judge(STB_BETTER.format(*a, *b, query=item.reference["query"]), ("0", "1"))
                                        for a, b in (sides, sides[::-1]))
@@ -535,8 +544,8 @@ def stb_compare(item: Item, ours: tuple[dict, list], theirs: tuple[dict, list], 
 
 
 def stb_summary(verdicts: list[dict]) -> dict:
-    """Figures over the asked queries: solvable pass rate (solved + 0.5 unsure) / N and win rate, where a judge was asked; and what
-    needs none, which is no pass rate: finished, calls of an existing function and in valid JSON, relevant APIs called, faults."""
+    """Figures over the asked queries: the solvable pass rate (solved + 0.5 unsure) / N and the win rate where there was a judge;
+    and what needs none and is no pass rate: finished, calls of existing functions and in valid JSON, relevant APIs called."""
     def rates(group: list[dict]) -> dict:
         total = lambda key: sum(v[key] for v in group)
         share = lambda part, whole: part / whole if whole else None
@@ -562,7 +571,8 @@ def stb_summary(verdicts: list[dict]) -> dict:
         summary["pass_rate_mean_of_categories"] = sum(c["pass_rate"] for c in categories.values()) / len(categories)
     for key in ("sources", "server_errors", "judge_errors"):
         summary[key] = dict(sum((Counter(v[key]) for v in verdicts), Counter()))
-    return summary | {"broken_queries": [f"{v['id']}: {v['reason']}" for v in verdicts if v["reason"].startswith("the query is broken")]}
+    broken = [f"{v['id']}: {v['reason']}" for v in verdicts if v["reason"].startswith("the query is broken")]
+    return summary | {"broken_queries": broken}
 
 
 # -----------------------------------------------------------------------------------------------------------------

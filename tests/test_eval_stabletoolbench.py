@@ -217,7 +217,7 @@ def test_two_calls_in_a_turn_and_a_conversation_too_long(items):
     trace = bench.stb_run(items[:1], lambda talk: talks.append([m.role for m in talk[0]]) or [both if len(talks) == 1 else None], nothing)["7"]
     assert talks[1] == ["system", "user", "assistant", "tool", "tool"] and [s["action"] for s in trace] == [LIST, "price_for_soup_finder", ""]
     verdict = bench.stb_judge(items[0], trace, lambda *_: ("Solved", ""))
-    assert verdict["reason"] == "the conversation is too long for the model" and verdict["status"] == "Unsolved" and verdict["steps"] == 2
+    assert verdict["reason"] == "the conversation grew too long" and verdict["status"] == "Unsolved" and verdict["steps"] == 2
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -255,6 +255,18 @@ def test_faults_of_the_server_are_counted_and_never_fatal(items, serve, reply, f
     assert len(seen) == attempts and step["fault"] == fault and json.loads(step["observation"]) == {"error": error, "response": ""}
     summary = bench.stb_summary([bench.stb_judge(items[0], traces["7"])])
     assert summary["server_errors"] == {fault: 1} and summary["sources"] == {} and "pass_rate" not in summary
+
+
+def test_no_depth_of_a_reply_is_fatal(items, serve):
+    for depth in range(900, 1000, 7):
+        call = bench.stb_server(serve(lambda *_: (200, '{"error": "", "response": ' + "[" * depth + "]" * depth + "}")))
+        step = bench.stb_run(items[:1], say(turn(LIST, "{}"), GIVE_UP), call)["7"][0]
+        assert step.get("source") == "server" or step["fault"] == "nonsense"
+
+
+def test_a_model_that_leaves_out_an_answer_is_an_error(items):
+    with pytest.raises(ValueError):
+        bench.stb_run(items, lambda talks: [GIVE_UP], nothing)
 
 
 def test_a_second_attempt_succeeds(serve):
