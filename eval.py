@@ -366,9 +366,7 @@ def stb_post(url: str, body: dict, headers: dict, timeout: float, read):
 
 
 def stb_reply(value: dict) -> dict:
-    reply = {"error": value["error"], "response": value["response"]}
-    json.dumps(reply)                                   # raises for nesting too deep to be shown to the agent
-    return reply
+    return {"error": value["error"], "response": value["response"]}
 
 
 def stb_failure(fault: str) -> dict:

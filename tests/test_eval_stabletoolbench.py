@@ -1,4 +1,4 @@
-"""StableToolBench: reading, the agent's loop, the three environments, the judge and the figures; servers here are real, on localhost."""
+"""StableToolBench: reading, the agent's loop, the three environments, the judge and the figures, over real local servers."""
 import ast
 import json
 import os
@@ -23,7 +23,8 @@ def api(tool, name, required=(), optional=(), category="Food, Drink", about="Giv
 
 def query(number=7, text="Which soup is cheap?", apis=None):
     apis = apis or [api("Soup Finder!", "List Soups", ["town", "count"], ["id"]), api("Soup Finder!", "Price", [], ["soup"])]
-    return {"query_id": number, "query": text, "api_list": apis, "relevant APIs": [[a["tool_name"], a["api_name"]] for a in apis[:1]]}
+    return {"query_id": number, "query": text, "api_list": apis,
+            "relevant APIs": [[a["tool_name"], a["api_name"]] for a in apis[:1]]}
 
 
 @pytest.fixture
@@ -102,8 +103,9 @@ def test_items(items, tmp_path):
     assert [i.category for i in bench.stb_items(str(tmp_path / "up"))] == ["G3_instruction"]
 
 
-@pytest.mark.parametrize("text, name", [("Songkick concert", "songkick_concert"), ("/api/Tracking/", "api_tracking"), ("24 Hours", "get_24_hours"),
-                                        ("👋 Demo  Project", "demo_project"), ("A--B__c", "a_b_c"), ("查询", "查询"), ("", ""), ("ID", "id")])
+@pytest.mark.parametrize("text, name", [
+    ("Soup of today", "soup_of_today"), ("/soups/List/", "soups_list"), ("24 Soups", "get_24_soups"), ("👋 My  Soup", "my_soup"),
+    ("A--B__c", "a_b_c"), ("查询", "查询"), ("", ""), ("ID", "id")])
 def test_names(text, name):
     assert bench.stb_name(text) == name
     assert bench.stb_name(text, True) == ("is_id" if name == "id" else name)
@@ -127,7 +129,8 @@ def test_bad_folders_and_records(tmp_path):
     traces = bench.stb_run(items, say(finish("soup")), nothing)
     summary = bench.stb_summary([bench.stb_judge(i, traces[i.id], lambda *_: ("Solved", "")) for i in items])
     assert summary["asked"] == 3 and summary["Solved"] == 1 and summary["pass_rate"] == pytest.approx(1 / 3)
-    assert len(summary["broken_queries"]) == 2 and "record 1: the query is broken: KeyError: 'tool_name'" in summary["broken_queries"][0]
+    assert len(summary["broken_queries"]) == 2
+    assert summary["broken_queries"][0].endswith("G1_tool.json, record 1: the query is broken: KeyError: 'tool_name'")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -139,13 +142,15 @@ def test_bad_folders_and_records(tmp_path):
     (turn("f", ""), ("hm", [("f", {})])), (turn("f", "not json"), ("hm", [("f", " not json")])),
     (turn("f", "[1]"), ("hm", [("f", " [1]")])),
     ('I call: [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": "{}"}]', ("I call:", [("f", {"a": 1}), ("g", {})])),
-    ("Here is your soup.", ("Here is your soup.", [])), ("", ("", [])), ('["f"]', ('["f"]', [])), ("Action Input: {}", ("Action Input: {}", []))])
+    ("Here is your soup.", ("Here is your soup.", [])), ("", ("", [])), ('["f"]', ('["f"]', [])),
+    ("Action Input: {}", ("Action Input: {}", []))])
 def test_calls(output, calls):
     assert bench.stb_calls(output) == calls
 
 
-@pytest.mark.parametrize("given", ["[" * 9999, '{"a":' * 9999, '{"a":' * 120 + "1" + "}" * 120, '{"a": ' + "9" * 9999 + "}", "{'a': {1, 2}}", "{1: 2, 'b': 3}",
-                                   "{'a': b'x'}", "-" * 9999 + "1", "\0", '{"a": NaN}', '{"a": 1e999}', '{"a": "\ud800"}', '{"a": "\\ud800"}'])
+@pytest.mark.parametrize("given", [
+    "[" * 9999, '{"a":' * 9999, '{"a":' * 120 + "1" + "}" * 120, '{"a": ' + "9" * 9999 + "}", "{'a': {1, 2}}", "{1: 2, 'b': 3}",
+    "{'a': b'x'}", "-" * 9999 + "1", "\0", '{"a": NaN}', '{"a": 1e999}', '{"a": "\ud800"}', '{"a": "\\ud800"}'])
 def test_hostile_inputs(items, given, tmp_path):
     call = bench.stb_recorded(write(tmp_path / "seen.json", {LIST: {"{}": {"error": "", "response": 1}}}))
     for action in (LIST, "Finish", given):
@@ -164,7 +169,8 @@ def test_no_depth_of_nesting_runs_out_of_stack(items, tmp_path):
         given = '{"a":' * depth + "1" + "}" * depth
         trace = bench.stb_run(items[:1], say(turn(LIST, given), finish("leek")), call)["7"]
         assert bench.stb_judge(items[0], trace, lambda *_: ("Unsure", ""))["valid_json"] == (depth <= 300)
-        answer = json.dumps([{"name": "Finish", "arguments": {"return_type": "give_answer", "final_answer": 0}}]).replace("0", given)
+        answer = finish(0).partition("Action Input: ")[2]
+        answer = f'[{{"name": "Finish", "arguments": {answer.replace("0", given)}}}]'
         trace = bench.stb_run(items[:1], say(answer, *[GIVE_UP] * 9), call)["7"]
         assert bench.stb_judge(items[0], trace, lambda *_: ("Solved", ""))["status"] == ("Solved" if depth < 300 else "Unsolved")
 
@@ -173,8 +179,8 @@ def test_no_depth_of_nesting_runs_out_of_stack(items, tmp_path):
     ({"return_type": "give_answer", "final_answer": "soup"}, ("give_answer", "soup")),
     ({"return_type": "give_answer", "final_answer": ["soup"]}, ("give_answer", '["soup"]')),
     ({"return_type": "give_up_and_restart", "final_answer": "soup"}, ("give_up_and_restart", "")),
-    ({"return_type": "give_answer"}, (None, 'must have "final_answer"')), ({"final_answer": "soup"}, (None, 'must have "return_type"')),
-    ({"return_type": ["give_answer"], "final_answer": "soup"}, (None, 'must have "return_type"')), ("", (None, 'must have "return_type"')),
+    ({"return_type": "give_answer"}, (None, 'must have "final_answer"')),
+    *((given, (None, 'must have "return_type"')) for given in ("", {"final_answer": "soup"}, {"return_type": ["give_answer"]})),
     ('{"return_type": "give_answer", "final_answer": "so\nup', ("give_answer", "so\nup")),
     ('{"return_type": "give_up_and_restart", ', ("give_up_and_restart", ""))])
 def test_end(given, end):
@@ -203,19 +209,25 @@ def test_loop(items):
     assert finished == [("8", 1), ("7", 3), ("9", 4)] and {k: len(t) for k, t in traces.items()} == {"7": 3, "8": 1, "9": 4}
     assert calls == [("Food, Drink", "soup_finder", "list_soups", {"town": "Bern"})]
     first, second, last = traces["7"]
-    assert first | {"observation": ""} == {"thought": "hm", "action": LIST, "input": {"town": "Bern"}, "source": "test", "observation": ""}
+    assert {k: first[k] for k in first if k != "observation"} == {
+        "thought": "hm", "action": LIST, "input": {"town": "Bern"}, "source": "test"}
     assert first["observation"].startswith('{"error": "", "response": "xxx') and len(first["observation"]) == 1024 + len("...")
     assert second["observation"] == '{"error": "No such function name: soups", "response": ""}' and "source" not in second
     assert json.loads(traces["9"][1]["observation"])["error"] == 'must have "return_type"'
-    assert len(items[0].messages) == 2                                                                  # the items stay as they were
+    assert len(items[0].messages) == 2                                      # the items stay as they were
     assert bench.stb_run([], None, None) == {}
 
 
 def test_two_calls_in_a_turn_and_a_conversation_too_long(items):
     both = json.dumps([{"name": LIST, "arguments": {}}, {"name": "price_for_soup_finder", "arguments": {"soup": "leek"}}])
-    talks = []
-    trace = bench.stb_run(items[:1], lambda talk: talks.append([m.role for m in talk[0]]) or [both if len(talks) == 1 else None], nothing)["7"]
-    assert talks[1] == ["system", "user", "assistant", "tool", "tool"] and [s["action"] for s in trace] == [LIST, "price_for_soup_finder", ""]
+    roles = []
+
+    def speak(talks):
+        roles.append([m.role for m in talks[0]])
+        return [both if len(roles) == 1 else None]
+    trace = bench.stb_run(items[:1], speak, nothing)["7"]
+    assert roles[1] == ["system", "user", "assistant", "tool", "tool"]
+    assert [step["action"] for step in trace] == [LIST, "price_for_soup_finder", ""]
     verdict = bench.stb_judge(items[0], trace, lambda *_: ("Solved", ""))
     assert verdict["reason"] == "the conversation grew too long" and verdict["status"] == "Unsolved" and verdict["steps"] == 2
 
@@ -241,10 +253,11 @@ def test_server(serve):
 
 
 @pytest.mark.parametrize("reply, fault, error, attempts", [
-    (None, "timeout", "Timeout error...", 3), ((500, "no"), "http 500", "request invalid, data error. status_code=500", 3),
-    ((404, "no"), "http 404", "request invalid, data error. status_code=404", 1), ((200, "<html>"), "nonsense", "request invalid, data error", 3),
-    ((200, "[" * 9999), "nonsense", "request invalid, data error", 3), ((200, "\udcff"), "nonsense", "request invalid, data error", 3),
-    ({"response": "no error field"}, "nonsense", "request invalid, data error", 3), ([1], "nonsense", "request invalid, data error", 3),
+    (None, "timeout", "Timeout error...", 3),
+    ((500, "no"), "http 500", "request invalid, data error. status_code=500", 3),
+    ((404, "no"), "http 404", "request invalid, data error. status_code=404", 1),
+    *((reply, "nonsense", "request invalid, data error", 3) for reply in (
+        (200, "<html>"), (200, "[" * 9999), (200, "\udcff"), {"response": "no error field"}, [1])),
     ("gone", "unreachable", "request invalid, data error", 0)])
 def test_faults_of_the_server_are_counted_and_never_fatal(items, serve, reply, fault, error, attempts):
     seen = []
@@ -277,8 +290,9 @@ def test_a_second_attempt_succeeds(serve):
 def test_cache(tmp_path, items):
     folder = tmp_path / "Food_Drink" / "soup_finder_for_Food_Drink"
     folder.mkdir(parents=True)
-    stored = {str({"town": "Bern", "count": 2}): {"error": "", "response": "two"}, str({"town": "it's"}): {"error": "e", "response": "quoted"},
-              "{}": {"error": "", "response": "all"}, "{'vegan': True}": {"error": "", "response": "vegan"}, "{'x': nan": {}, "{'y': 1}": "no dict"}
+    say_so = lambda response: {"error": "", "response": response}
+    stored = {str({"town": "Bern", "count": 2}): say_so("two"), str({"town": "it's"}): say_so("quoted"), "{}": say_so("all"),
+              "{'vegan': True}": say_so("vegan"), "{'x': nan": {}, "{'y': 1}": "no dict"}
     write(folder / "list_soups.json", stored)
     write(folder / "price.json", "{")
     call, where = bench.stb_cache(str(tmp_path)), items[0].reference["functions"]
@@ -296,7 +310,8 @@ def test_cache(tmp_path, items):
 
 
 def test_recorded(tmp_path, items):
-    path = write(tmp_path / "seen.json", {LIST: {'{"town":"Bern",\n"count":2}': {"error": "", "response": "two"}, "broken {": {"error": "e", "response": ""}}})
+    path = write(tmp_path / "seen.json", {LIST: {'{"town":"Bern",\n"count":2}': {"error": "", "response": "two"},
+                                                 "broken {": {"error": "e", "response": ""}}})
     call, where = bench.stb_recorded(path), items[0].reference["functions"][LIST]
     assert call(*where, {"town": "Bern", "count": 2})["source"] == "stored"
     assert call(*where, {"count": 2, "town": "Bern"})["source"] == "stored, keys in another order"
@@ -321,8 +336,9 @@ def test_pass_rate(items, serve):
         prompt = body["messages"][0]["content"]
         asked.append((path, headers["Authorization"], body["model"], "Calls: " in prompt))
         if "Answer: maybe" in prompt:
-            return chat("It depends on the calls." + '{"verdict": "Solved"}' if "the soup is in this call" in prompt else '{"verdict": "Unsure"}')
-        return chat('At first I thought {"verdict": "Unsolved"} but: {"verdict": "Solved"}' if "Answer: leek" in prompt else '{"verdict":"Unsolved"}')
+            return chat('{"verdict": "Solved"}' if "the soup is in this call" in prompt else '{"verdict": "Unsure"}')
+        assert "Answer: leek" in prompt
+        return chat('At first I thought {"verdict": "Unsolved"} but: {"verdict": "Solved"}')
     judge = bench.stb_endpoint(serve(answer) + "/v1/", "judge-1", "key")
     call = {"action": LIST, "input": {}, "observation": "the soup is in this call"}
     one, two, three = items
@@ -335,19 +351,21 @@ def test_pass_rate(items, serve):
     assert summary["pass_rate"] == 2.5 / 3 and summary["pass_rate_mean_of_categories"] == 0.75
     assert summary["categories"]["G1_tool"]["pass_rate"] == 1 and summary["categories"]["G2_category"]["Unsure"] == 1
     n = len(asked)
-    for trace, reason in (([], "no output"), (answered(" "), "empty answer"), ([call], "no Finish"), (bench.stb_turn(one, GIVE_UP, None), "gave up")):
+    for trace, reason in (([], "no output"), (answered(" "), "empty answer"), ([call], "no Finish"),
+                          (bench.stb_turn(one, GIVE_UP, None), "gave up")):
         verdict = bench.stb_judge(one, trace, judge)
         assert (verdict["status"], verdict["correct"], verdict["reason"]) == ("Unsolved", False, reason)
-    assert len(asked) == n                                                                              # unsolved without asking
+    assert len(asked) == n                                                  # unsolved without asking
 
 
 @pytest.mark.parametrize("reply, fault", [
-    (None, "timeout"), ((500, ""), "http 500"), ((401, ""), "http 401"), ((200, "soup"), "nonsense"), (chat(None), "nonsense"), ({"choices": []}, "nonsense"),
-    (chat("Solved, I think."), "nonsense"), (chat('{"verdict": "Sol"}'), "nonsense"), (chat('{"verdict": "0"}'), "nonsense")])
+    (None, "timeout"), ((500, ""), "http 500"), ((401, ""), "http 401"), *((reply, "nonsense") for reply in (
+        (200, "soup"), chat(None), {"choices": []}, chat("Solved, I think."), chat('{"verdict": "Sol"}'), chat('{"verdict": "0"}')))])
 def test_faults_of_the_judge_are_never_success(items, serve, reply, fault):
     judge = bench.stb_endpoint(serve(lambda *_: reply), "m", timeout=0.1)
     verdict = bench.stb_judge(items[0], answered("leek"), judge)
-    assert (verdict["correct"], verdict["score"], verdict["status"], verdict["reason"]) == (False, 0, "not judged", f"the judge failed: {fault}")
+    assert (verdict["correct"], verdict["score"], verdict["status"]) == (False, 0, "not judged")
+    assert verdict["reason"] == f"the judge failed: {fault}"
     summary = bench.stb_summary([verdict])
     assert summary["judge_errors"] == {fault: 1} and summary["pass_rate"] == 0 and summary["not judged"] == 1
 
@@ -369,7 +387,8 @@ def test_win_rate(items):
     assert compare(verdict("a", "Solved"), verdict("b", "Unsolved"), never) == "win"
     assert compare(verdict("a", "Unsure"), verdict("b", "Solved"), never) == "lose"
     assert compare(verdict("a", "Unsure"), verdict("b", "Unsolved"), never) == "win"
-    assert compare(missing, verdict("b", "Unsolved"), never) == "lose" and compare(verdict("b", "Unsolved"), missing, never) == "win"
+    assert compare(missing, verdict("b", "Unsolved"), never) == "lose"
+    assert compare(verdict("b", "Unsolved"), missing, never) == "win"
     assert compare(missing, missing, never) == compare(verdict("a", "Solved"), verdict("a", "Solved"), never) == "tie"
     assert compare(verdict("good", "Solved"), verdict("bad", "Solved")) == "win"
     assert compare(verdict("bad", "Unsolved"), verdict("good", "Unsolved")) == "lose"
@@ -384,27 +403,28 @@ def test_win_rate(items):
 
 
 def test_figures_without_a_judge(items):
-    traces = bench.stb_run(items, lambda talks: [{"Which": [turn(LIST, "{}"), turn("soup", "{}"), turn(LIST, "not json"), finish("leek")],
-                                                  "Secon": [GIVE_UP], "Third": ["I do not know"] * 5}[talk[1].text[:5]][
-        sum(m.role == "assistant" for m in talk)] for talk in talks], nothing, max_steps=5)
+    scripts = [[turn(LIST, "{}"), turn("soup", "{}"), turn(LIST, "not json"), finish("leek")], [GIVE_UP], ["I do not know"] * 5]
+    traces = {item.id: bench.stb_run([item], say(*script), nothing, max_steps=5)[item.id] for item, script in zip(items, scripts)}
     verdicts = [bench.stb_judge(item, traces[item.id]) for item in items]
     assert not any(v["correct"] for v in verdicts) and verdicts[0]["status"] == "not judged" and verdicts[0]["output"] == "leek"
     summary = bench.stb_summary(verdicts)
-    assert not [key for key in summary if "pass" in key] and not [k for c in summary["categories"].values() for k in c if "pass" in k]
+    assert not [key for figures in (summary, *summary["categories"].values()) for key in figures if "pass" in key]
     assert summary["asked"] == 3 and summary["finish_rate"] == summary["give_up_rate"] == 1 / 3 and summary["steps"] == 8
-    assert summary["valid_action_rate"] == 2 / 8 and summary["valid_json_rate"] == 2 / 8 and summary["relevant_apis_called"] == 1 / 3
+    assert summary["valid_action_rate"] == summary["valid_json_rate"] == 2 / 8 and summary["relevant_apis_called"] == 1 / 3
     assert summary["sources"] == {"test": 2} and summary["categories"]["G2_category"]["finish_rate"] == 0
     assert bench.stb_summary([])["asked"] == 0
 
 
 def test_traces(tmp_path, items):
     trace = bench.stb_run(items[:1], say(turn(LIST, "{}"), finish("leek")), nothing)["7"]
+    text = '{"return_type": "give_answer", "final_answer": "x"}'
     lines = [{"id": 7, "output": "old"}, {"id": "7", "trace": trace}, {"id": 8, "output": "soup"}, {"id": 9, "output": None},
-             {"id": 10, "trace": [{"action": "Finish ", "input": '{"return_type": "give_answer", "final_answer": "x"}'}]}, {"id": 11, "trace": []}]
+             {"id": 10, "trace": [{"action": "Finish ", "input": text}]}, {"id": 11, "trace": []}]
     traces = bench.stb_traces(write(tmp_path / "traces.jsonl", "".join(json.dumps(line) + "\n" for line in lines)))
-    assert traces["7"] == trace and {k: bench.stb_end(t) for k, t in traces.items()} == {
-        "7": ("give_answer", "leek"), "8": ("give_answer", "soup"), "9": ("give_answer", ""), "10": ("give_answer", "x"), "11": (None, "no Finish")}
-    for bad in ({"id": 1}, {"output": "x"}, {"id": 1, "trace": [{"action": 1, "input": {}}]}, {"id": 1, "trace": [1]}, {"id": 1, "trace": 1}, 5):
+    assert traces["7"] == trace and {id: bench.stb_end(t)[1] for id, t in traces.items()} == {
+        "7": "leek", "8": "soup", "9": "", "10": "x", "11": "no Finish"}
+    for bad in ({"id": 1}, {"output": "x"}, {"id": 1, "trace": [{"action": 1, "input": {}}]}, {"id": 1, "trace": [1]},
+                {"id": 1, "trace": 1}, 5):
         with pytest.raises(DataError, match="traces.jsonl, line 2"):
             bench.stb_traces(write(tmp_path / "traces.jsonl", json.dumps(lines[0]) + "\n" + json.dumps(bad)))
 
@@ -417,7 +437,8 @@ def test_the_765_queries_and_the_loop_on_recorded_responses(tmp_path):
     folder = os.path.join(DATA, "stabletoolbench")
     items = bench.stb_items(folder)
     counts = {c: sum(i.category == c for i in items) for c in sorted({i.category for i in items})}
-    assert counts == {"G1_category": 153, "G1_instruction": 163, "G1_tool": 158, "G2_category": 124, "G2_instruction": 106, "G3_instruction": 61}
+    assert counts == {"G1_category": 153, "G1_instruction": 163, "G1_tool": 158, "G2_category": 124, "G2_instruction": 106,
+                      "G3_instruction": 61}
     assert not [i for i in items if "fault" in i.reference] and len({i.id for i in items}) == 765
     assert all(set(i.reference["relevant"]) <= set(i.reference["functions"]) for i in items)
     with open(os.path.join(folder, "observed_tool_responses.json"), encoding="utf-8") as f:
