@@ -3,9 +3,10 @@
     python eval.py toy --model out/rft/model --out out/eval                        # exact match of tool and arguments
     python eval.py BENCH --model DIR --data FOLDER --out OUT                       # generate, greedily, and judge
     python eval.py BENCH --predictions FILE.jsonl --data FOLDER [--out OUT]        # judge {"id": ..., "output": "text"} lines
+    python eval.py stabletoolbench --model DIR --data FOLDER --server URL --judge-url URL --judge-model NAME --out OUT
     python eval.py loss --model DIR --data held_out.json [--labels DIR] --out OUT  # mean loss by group of tokens
 
-Writes OUT/summary.json and, for a benchmark, OUT/verdicts.jsonl: a line an asked item, with the reason. Outputs are kept in
+BENCH: bfcl, nexus, teval, stabletoolbench or toy. Writes OUT/summary.json and, for a benchmark, OUT/verdicts.jsonl: a line an asked item, with the reason. Outputs are kept in
 OUT/outputs.*.jsonl as they come, so that the same command takes up a run where it was stopped. Under torchrun the ranks share the items.
 """
 import ast
@@ -42,7 +43,7 @@ from shad import classify, token_losses
 
 @dataclass
 class Options:
-    bench: str = option("toy", "what to evaluate", positional=True, choices=["loss", "toy"])
+    bench: str = option("toy", "what to evaluate", positional=True, choices=["loss", "toy", "bfcl", "nexus", "teval", "stabletoolbench"])
     model: str = option("", "checkpoint: a Hugging Face directory or hub id")
     out: str = option("", "directory for summary.json, verdicts.jsonl and outputs; may be left out with --predictions")
     predictions: str = option(None, 'judge these {"id", "output"} lines instead of generating')
@@ -58,6 +59,14 @@ class Options:
     micro_tokens: int = option(4096, "tokens of one forward, padding included (loss)")
     template: str = option("auto", "chat template", choices=["auto", "chatml", "plain"])
     seed: int = option(1, "seed of the toy samples; train.py's are made with others")
+    # StableToolBench: where calls are answered (one of three; without any, none is), and who judges
+    server: str = option(None, "address of its server of APIs (key: $TOOLBENCH_KEY)")
+    cache: str = option(None, "folder of its cached responses, instead of a server")
+    recorded: str = option(None, "file of recorded responses, instead of a server")
+    max_steps: int = option(12, "turns of the agent before it is stopped")
+    judge_url: str = option(None, "OpenAI-compatible endpoint of the judge, up to /v1 (key: $OPENAI_API_KEY); without one, no pass rate")
+    judge_model: str = option(None, "name of the judge's model")
+    against: str = option(None, "traces of another model, for the win rate")
 
 
 def losses_by_group(losses: np.ndarray, groups: dict) -> dict:
@@ -306,8 +315,9 @@ def evaluate_bench(o: Options, device) -> tuple[dict, list[dict]]:
     summary = {"versions": {"python": platform.python_version(), "torch": torch.__version__, "tokenizers": tokenizers.__version__},
                "data_sha256": fingerprint([(i.id, i.category, [(m.role, m.text) for m in i.messages], i.reference) for i in everything]),
                "limit": o.limit or None}
+    agent = o.bench == "stabletoolbench"
     if o.predictions:
-        outputs = read_predictions(o.predictions)
+        outputs = (stb_traces if agent else read_predictions)(o.predictions)
         summary["not_asked"] = len(outputs.keys() - {item.id for item in items})
     else:
         path = resolve(o.model)
@@ -316,10 +326,18 @@ def evaluate_bench(o: Options, device) -> tuple[dict, list[dict]]:
                                  "max_length": context_length(model, o.max_length), "template": renderer.template}
         settings = {"bench": o.bench, "model": checkpoint_fingerprint(path), "tokenizer": renderer.fingerprint,
                     "prompts": fingerprint([(item.id, renderer.prompt(item.messages)) for item in items]), **summary["generation"]}
-        outputs = generate_outputs(model, renderer, items, settings["max_new_tokens"], o.max_length, o.cache_tokens, o.out, settings)
+        if agent:
+            speak = speaker(model, renderer, settings["max_new_tokens"], o.max_length, o.cache_tokens)
+            environment = {"environment": o.server or o.cache or o.recorded, "max_steps": o.max_steps}
+            outputs = stb_outputs(o, items, speak, settings | environment)
+            summary["generation"] |= environment
+        else:
+            outputs = generate_outputs(model, renderer, items, settings["max_new_tokens"], o.max_length, o.cache_tokens, o.out, settings)
         if o.bench == "toy":
             summary["losses"] = toy_losses(model, renderer, o.count, o.seed, o.micro_tokens)
-    verdicts = judge_outputs(bench, items, outputs)
+    if rank_and_world()[0] > 0:                             # one rank judges
+        return {}, []
+    verdicts = stb_verdicts(o, items, outputs) if agent else judge_outputs(bench, items, outputs)
     return summary | count_verdicts(verdicts) | bench.summary(verdicts), verdicts
 
 
@@ -1100,6 +1118,45 @@ def stb_traces(path: str) -> dict[str, list[dict]]:
     return traces
 
 
+def stb_outputs(o: Options, items: list[Item], speak, settings: dict) -> dict[str, list[dict]]:
+    """The traces of all items; they are kept in OUT/outputs.RANK.jsonl as they end, and the ranks share those not there yet."""
+    call = (stb_server(o.server, os.environ.get("TOOLBENCH_KEY", "")) if o.server else stb_cache(o.cache) if o.cache
+            else stb_recorded(o.recorded) if o.recorded else stb_stored(lambda *_: {}))
+    os.makedirs(o.out, exist_ok=True)
+    (rank, world), kept = rank_and_world(), read_outputs(o.out, settings)
+    barrier()                                               # every rank has read before any writes
+    mine = [item for item in items if item.id not in kept][rank::world]
+    log = open_log(os.path.join(o.out, f"outputs.{rank}.jsonl"), settings)
+    bar = tqdm(total=len(mine), desc="agent", unit="query", disable=rank > 0)
+
+    def done(item, trace):
+        bar.update()
+        log.write(json.dumps({"id": item.id, "output": trace}) + "\n")
+        log.flush()
+
+    stb_run(mine, speak, call, o.max_steps, done)
+    bar.close()
+    log.close()
+    barrier()
+    return read_outputs(o.out, settings)
+
+
+def stb_verdicts(o: Options, items: list[Item], traces: dict[str, list[dict]]) -> list[dict]:
+    """A verdict on every asked item, with its win over --against where given; judged side by side."""
+    if bool(o.judge_url) != bool(o.judge_model) or o.against and not o.judge_url:
+        raise DataError("a judge needs both --judge-url and --judge-model" + "; --against needs a judge." * bool(o.against))
+    judge = stb_endpoint(o.judge_url, o.judge_model, os.environ.get("OPENAI_API_KEY", "")) if o.judge_url else None
+    others = stb_traces(o.against) if o.against else {}
+
+    def verdict(item):
+        trace, other = traces.get(item.id, []), others.get(item.id, [])
+        ours = stb_judge(item, trace, judge)
+        return ours | (stb_compare(item, (ours, trace), (stb_judge(item, other, judge), other), judge) if o.against else {})
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(tqdm(pool.map(verdict, items), "judge", total=len(items), unit="query", disable=not judge))
+
+
 def stb_endpoint(url: str, model: str, key: str = "", timeout: float = 120.0):
     """The judge behind an OpenAI-compatible endpoint: judge(prompt, choices) -> (choice, its reasons), or (None, fault)."""
     url = checked_url(url) + "/chat/completions"
@@ -1262,7 +1319,9 @@ def report_html(runs: dict[str, list[dict]], summaries: dict[str, dict]) -> str:
            f"{''.join(cells(r, 'td') for r in rows[1:])}</table>"
 
 
-BENCHES = {"toy": Bench(toy_items, toy_judge, toy_summary, 96)}
+BENCHES = {"toy": Bench(toy_items, toy_judge, toy_summary, 96), "bfcl": Bench(bfcl_items, bfcl_judge, bfcl_summary),
+           "nexus": Bench(nexus_items, nexus_judge, nexus_summary), "teval": Bench(teval_items, teval_judge, teval_summary),
+           "stabletoolbench": Bench(stb_items, stb_judge, stb_summary)}
 
 
 def main():
@@ -1283,7 +1342,11 @@ def main():
     if rank > 0:
         return
     for name, c in summary.get("categories", {}).items():
-        print(f"{name} {c['accuracy']:.1%} of {c['asked']:,} (95 %: {c['interval'][0]:.1%} to {c['interval'][1]:.1%})")
+        if "accuracy" in c:
+            print(f"{name} {c['accuracy']:.1%} of {c['asked']:,} (95 %: {c['interval'][0]:.1%} to {c['interval'][1]:.1%})")
+    figures = {k: v for k, v in summary.items() if isinstance(v, float)}
+    if figures:
+        print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     losses = summary.get("losses", {})
     for kind, groups in (losses if o.bench == "toy" else {"loss": losses}).items():
         if groups:
