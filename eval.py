@@ -178,7 +178,7 @@ def bfcl_as_strings(document: dict, language: str) -> dict:
 
 
 def bfcl_fault(documents: list[dict], truth: list[dict], language: str) -> str | None:
-    """What in an item's own data no answer can satisfy: the accepted values name what the functions' documents do not."""
+    """What in an item's own data refuses even a call of its accepted values, if anything does."""
     by_name = {d["name"]: d["parameters"]["properties"] for d in documents}
     for call in truth:
         for name, arguments in call.items():
@@ -187,8 +187,13 @@ def bfcl_fault(documents: list[dict], truth: list[dict], language: str) -> str |
             for argument in arguments:
                 if argument not in by_name[name]:
                     return f"{name}'s {argument} has accepted values but is not among its parameters"
-                if by_name[name][argument]["type"] not in BFCL_TYPES[language]:
-                    return f"{name}'s {argument} is of the unknown type {by_name[name][argument]['type']}"
+                document, values = by_name[name][argument], arguments[argument]
+                if document["type"] not in BFCL_TYPES[language]:
+                    return f"{name}'s {argument} is of the unknown type {document['type']}"
+                if any(type(options) is not list for v in values if type(v) is dict for options in v.values()):
+                    return f"{name}'s {argument}: a key has a value where a list of accepted values is due"
+                if language == "java" and document.get("items") == {"type": "any"} and any(type(x) is not str for v in values for x in v):
+                    return f"{name}'s {argument}: elements of type any are read as text, and other types are expected"
 
 
 def bfcl_judge(item: Item, output: str) -> dict:
@@ -379,8 +384,8 @@ def arithmetic(node):
 
 # Java and JavaScript: one call of assignments, its values source text, converted where the type in the document says so
 
-SCRIPT_TOKEN = re.compile(r"""(?P<space>(?:\s|//[^\n]*|/\*.*?\*/)+) | (?P<string>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|`[^`]*`)
-    | (?P<number>\d[\d_]*(?:\.\d*)?(?:[eE][+-]?\d+)?) | (?P<word>[^\W\d][\w$]*|\$[\w$]*) | (?P<sign>[-+*/%=<>!&|^~?:;,.(){}\[\]])""", re.S | re.X)
+SCRIPT_TOKEN = re.compile(r"""(?P<space>(?:\s|//[^\n]*|/\*.*?\*/)+) | (?P<string>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\\n])*'|`[^`]*`)
+    | (?P<number>(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?) | (?P<word>[^\W\d][\w$]*|\$[\w$]*) | (?P<sign>::|[-+*/%=<>!&|^~?:;,.(){}\[\]])""", re.S | re.X)
 BEFORE_OPERAND = {"new", "instanceof", "typeof", "await", "async", "function", "return", "const", "let", "var", "in", "of"}
 
 
@@ -389,13 +394,15 @@ def script_call(text: str, language: str) -> list[tuple[str, dict]]:
     tokens, position = [], 0
     while position < len(text):
         m = SCRIPT_TOKEN.match(text, position)
-        if not m or m[0][0] == "`" and language == "java":
+        if language == "javascript" and tokens and tokens[-1][1] in "=([{,:":
+            m = re.compile(r"(?P<string>/[^/*\s][^/\n]*/[a-z]*)").match(text, position) or m            # a regular expression
+        if not m or m[0][0] == "`" and language == "java" or m[0][0] == '"' and "\n" in m[0] and language == "javascript":
             raise ValueError(f"{text[position]!r} at character {position}")
         position = m.end()
-        if m.lastgroup == "number" and language == "java":
-            position += text[position:position + 1] in tuple("lLfFdD")
-        elif m.lastgroup == "number":
-            position += text[position:position + 1] == "n"
+        suffix = {("number", "java"): r"[lLfFdD]", ("number", "javascript"): "n", ("word", "java"): r"<[\w\s,.?<>]*>"}
+        if m.lastgroup == "number" or tokens and tokens[-1][1] == "new":        # 5L, 5n, new HashMap<String, Object>
+            tail = re.compile(suffix.get((m.lastgroup, language), "")).match(text, position)
+            position = tail.end() if tail else position
         if m.lastgroup != "space":
             tokens.append((m.lastgroup, text[m.start():position], m.start(), position))
     head = next((i for i, t in enumerate(tokens) if t[1] == "("), 0)
@@ -427,42 +434,48 @@ def script_call(text: str, language: str) -> list[tuple[str, dict]]:
             check_expression(piece[2:], language)
             if words[0] in arguments:
                 raise ValueError(f"{words[0]} is given twice")
-            arguments[words[0]] = java_source(piece[2:]) if language == "java" else unquote(text[piece[2][2]:piece[-1][3]])
+            arguments[words[0]] = java_source(piece[2:], text) if language == "java" else unquote(text[piece[2][2]:piece[-1][3]])
         elif not piece or "=" in words[1:2]:
             raise ValueError("an argument without a value")
     return [(name, arguments)]
 
 
 def check_expression(tokens, language: str) -> None:
-    """Raise ValueError for what no parser of the language would take as a value: neighbours without an operator between."""
-    depth = 0
-    for previous, (kind, word, *_) in zip([("sign", "=")] + tokens, tokens):
-        operands = previous[0] != "sign" and kind != "sign"
-        if operands and not {previous[1], word} & BEFORE_OPERAND and (not depth or "string" in (previous[0], kind) or kind == "number"):
-            raise ValueError(f"{previous[1]:.40} {word:.40} without an operator")
-        if word == ":" and not depth and all(t[1] != "?" for t in tokens):
-            raise ValueError("':' in a value that is not quoted")
-        if language == "java" and (word == "[" and previous[1] in "=(,[{" or word == "{" and previous[1] not in (*")]>{,",)):
+    """Raise ValueError for what no parser of the language takes as a value: operands side by side, operators without operands."""
+    depth, words = 0, [t[1] for t in tokens]
+    for (before, previous, *_), (kind, word, *_) in zip([("sign", "=")] + tokens, tokens):
+        literal = {"string", "number"} & {before, kind}
+        if "sign" not in (before, kind) and not {previous, word} & BEFORE_OPERAND and (literal or not depth):
+            raise ValueError(f"{previous:.40} {word:.40} without an operator")
+        if word == ";" and not depth or word == ":" and "?" not in words and (language == "java" or not depth):
+            raise ValueError(f"{word!r} in a value that is not quoted")
+        if language == "java" and (word == "[" and previous in "=(,[{" or word == "{" and previous not in (*")]>{,",)):
             raise ValueError(f"{word!r} begins no value in Java")
-        depth += (word in "([{") - (word in ")]}")
-    if tokens[0][1] in tuple("*/%.&|?:<>=^") or tokens[-1][1] in tuple("+-*/%.=&|?:<>!^~"):
-        raise ValueError("an operator without a value")
+        if previous in tuple("=([{,") and word in tuple("*/%.&|?:<>=^"):
+            raise ValueError(f"nothing before {word!r}")
+        depth += (word in "({") - (word in ")}")
+    if words[-1] in tuple("+-*/%.=&|?:<>!^~"):
+        raise ValueError(f"nothing after {words[-1]!r}")
 
 
-def java_source(tokens) -> str:
-    """Source text as upstream rebuilds it: a string without its quotes; else no spaces, and no class body after `new T(...)`."""
+def java_source(tokens, text: str) -> str:
+    """A value's source text as upstream rebuilds it: a string without its quotes; a method's call as it stands; elsewhere no
+    spaces, and no class body after `new T(...)`, so that a map filled in the body counts as empty."""
     if len(tokens) == 1 and tokens[0][0] == "string":
         return tokens[0][1][1:-1]
-    text, depth, previous = "", 0, ""
-    for _, word, *_ in tokens:
-        if word == "{" and (depth or previous == ")"):
-            depth += 1
-        if not depth:
-            text += word + " " * (word == "new")
-        elif word == "}":
-            depth -= 1
-        previous = word
-    return text
+    source, skipped, called, new = "", 0, 0, False          # depths of a class body, and of a method's arguments
+    for i, (kind, word, start, end) in enumerate(tokens):
+        previous = tokens[i - 1][1] if i else ""
+        if word == "{" and not called and (skipped or previous == ")"):
+            skipped += 1
+        if word == "(" and not skipped and (called or not new and tokens[i - 1][0] == "word"):
+            called += 1
+        if not skipped:
+            source += (text[tokens[i - 1][3]:start] if called else "") + word + " " * (word == "new" and not called)
+        skipped -= word == "}" and skipped > 0
+        called -= word == ")" and called > 0
+        new = word == "new" or new and word != "("
+    return source
 
 
 def unquote(text: str) -> str:

@@ -61,22 +61,20 @@ def load_upstream():
 def realise(accepted):
     """A value from an accepted one: of every dictionary's lists of alternatives the first, left out if that is ""."""
     if isinstance(accepted, dict):
-        return {k: realise(v[0]) if isinstance(v, list) else v for k, v in accepted.items() if v != [""] and not (isinstance(v, list) and v[:1] == [""])}
+        return {k: realise(v[0] if isinstance(v, list) and v else v) for k, v in accepted.items() if v[:1] != [""]}
     return [realise(v) for v in accepted] if isinstance(accepted, list) else accepted
 
 
 def accepted_calls(item, which: str):
     """which: "sparse" leaves out what may be left out; "full" gives the first value of each argument, "last" the last."""
-    calls = []
+    required, calls = {d["name"]: d["parameters"]["required"] for d in item.reference["documents"]}, []
     for call in item.reference["truth"]:
         for name, arguments in call.items():
             given = {}
             for argument, values in arguments.items():
-                values_given = [v for v in values if v != ""]
-                if values_given and not (which == "sparse" and "" in values):
-                    given[argument] = realise(values_given[-1 if which == "last" else 0])
-                elif "" not in values or not values_given and which != "sparse":
-                    given[argument] = ""
+                some = [v for v in values if v != ""] or values
+                if argument in required[name] or "" not in values or which != "sparse" and some != [""]:
+                    given[argument] = realise(some[-1 if which == "last" else 0])
             calls.append((name, given))
     return calls
 
@@ -178,6 +176,7 @@ TEXT_DAMAGE = {
     "text: bare words": lambda t, r: t.replace('"', "").replace("'", ""),
     "text: sum": lambda t, r: t.replace("=", "=1+", 1),
     "text: plus": lambda t, r: t.replace("=", "=+", 1),
+    "text: bare map": lambda t, r: t.replace("'new HashMap", "new HashMap").replace("}}'", "}}").replace("'{", "{").replace("}'", "}"),
     "text: nested call": lambda t, r: t.replace("=", "=f(x=1)+", 1) if r.random() < 0.5 else t.replace("=", "=f(", 1).replace(",", "),", 1),
     "text: only prose": lambda t, r: r.choice(["I cannot help with that.", "None of the functions can be used", "None", "", "[]", "[None]", "{}"])}
 
@@ -207,9 +206,9 @@ def script_source(value, parameter: dict, language: str, rng) -> str:
             return "{" + ", ".join(f"{quoted(k, rng) if rng.random() < 0.5 else k}: {script_source(v, {}, language, rng)}" for k, v in value.items()) + "}"
         return "[" + ", ".join(script_source(v, {"type": inner}, language, rng) for v in value) + "]"
     if isinstance(value, dict):
-        puts = "".join(f'put("{k}", {script_source(v, {}, language, rng)}); ' for k, v in value.items())
+        puts = "".join(f'put("{k}", {json.dumps(v)}); ' for k, v in value.items())
         text = f"new HashMap<String, Object>() {{{{ {puts}}}}}" if value else "new HashMap<>()"
-        return f"'{text}'" if rng.random() < 0.8 and "'" not in text else text
+        return text if "'" in text else f"'{text}'"             # quoted: upstream's parser drops the body of a bare `new`
     if kind == "ArrayList":
         # by a literal, since the any-typed elements keep their quotes otherwise
         items = [str(v) if inner == "any" and isinstance(v, str) else script_source(v, {"type": inner}, language, rng) for v in value]
@@ -231,12 +230,13 @@ def render(item, calls, rng) -> str:
     return "[" + ", ".join(f"{name}({', '.join(f'{a}={source(name, a, v)}' for a, v in given.items())})" for name, given in calls) + "]"
 
 
-def render_json(item, calls, rng) -> str:
+def render_json(item, calls, rng, bare=0.0) -> str:
+    """bare: how often a Java or JavaScript value is a JSON value instead of its source text, which upstream refuses."""
     language = bfcl_language(item.category)
     documents = {d["name"]: d["parameters"]["properties"] for d in item.reference["documents"]}
 
     def text(name, argument, value):
-        if language == "python" or isinstance(value, str) or rng.random() < 0.1:
+        if language == "python" or isinstance(value, str) or rng.random() < bare:
             return value
         source = script_source(value, documents.get(name, {}).get(argument, {}), language, rng)
         return source[1:-1] if source[:1] in ("'", '"') and source[-1:] == source[:1] else source
@@ -260,7 +260,7 @@ def outputs(item, rng):
         if calls:
             yield kind, render(item, calls, rng), False
             if rng.random() < 0.3 and "tuple" not in kind:
-                yield kind, render_json(item, calls, rng), True
+                yield kind, render_json(item, calls, rng, 0.1), True
     for kind, damage in TEXT_DAMAGE.items():
         yield kind, damage(render(item, accepted_calls(item, rng.choice(("sparse", "full"))), rng), rng), False
 
