@@ -388,6 +388,10 @@ SCRIPT_TOKEN = re.compile(r"""(?P<space>(?:\s|//[^\n]*|/\*.*?\*/)+) | (?P<string
     | (?P<number>(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?) | (?P<word>[^\W\d][\w$]*|\$[\w$]*) | (?P<sign>::|[-+*/%=<>!&|^~?:;,.(){}\[\]])""", re.S | re.X)
 BEFORE_OPERAND = {"new", "instanceof", "typeof", "await", "async", "function", "return", "const", "let", "var", "in", "of"}
 
+RESERVED = {"javascript": set("break case catch class const continue do else enum export extends finally for if import switch throw try "
+                              "while with".split())}
+RESERVED["java"] = RESERVED["javascript"] | set("boolean byte char double float int long short package private public static".split())
+
 
 def script_call(text: str, language: str) -> list[tuple[str, dict]]:
     """The one call `name(argument=value, ...)` of a Java or JavaScript text; later statements are not looked at."""
@@ -443,6 +447,8 @@ def script_call(text: str, language: str) -> list[tuple[str, dict]]:
 def check_expression(tokens, language: str) -> None:
     """Raise ValueError for what no parser of the language takes as a value: operands side by side, operators without operands."""
     depth, words = 0, [t[1] for t in tokens]
+    if len(words) == 1 and words[0] in RESERVED[language]:
+        raise ValueError(f"{words[0]} is no value")
     for (before, previous, *_), (kind, word, *_) in zip([("sign", "=")] + tokens, tokens):
         literal = {"string", "number"} & {before, kind}
         if "sign" not in (before, kind) and not {previous, word} & BEFORE_OPERAND and (literal or not depth):

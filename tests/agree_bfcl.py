@@ -61,7 +61,7 @@ def load_upstream():
 def realise(accepted):
     """A value from an accepted one: of every dictionary's lists of alternatives the first, left out if that is ""."""
     if isinstance(accepted, dict):
-        return {k: realise(v[0] if isinstance(v, list) and v else v) for k, v in accepted.items() if v[:1] != [""]}
+        return {k: v[0] if isinstance(v, list) and v else v for k, v in accepted.items() if v[:1] != [""]}
     return [realise(v) for v in accepted] if isinstance(accepted, list) else accepted
 
 
@@ -73,7 +73,7 @@ def accepted_calls(item, which: str):
             given = {}
             for argument, values in arguments.items():
                 some = [v for v in values if v != ""] or values
-                if argument in required[name] or "" not in values or which != "sparse" and some != [""]:
+                if some and (argument in required[name] or "" not in values or which != "sparse" and some != [""]):
                     given[argument] = realise(some[-1 if which == "last" else 0])
             calls.append((name, given))
     return calls
