@@ -123,13 +123,16 @@ class Item:                         # one asked question of a benchmark
     reference: object = None        # what the judge needs
 
 
-BFCL_CATEGORIES = ("simple_python", "simple_java", "simple_javascript", "multiple", "parallel", "parallel_multiple", "irrelevance",
-                   "live_simple", "live_multiple", "live_parallel", "live_parallel_multiple", "live_irrelevance", "live_relevance")
+BFCL_CATEGORIES = ("simple_python", "simple_java", "simple_javascript", "multiple", "parallel", "parallel_multiple",
+                   "irrelevance", "live_simple", "live_multiple", "live_parallel", "live_parallel_multiple",
+                   "live_irrelevance", "live_relevance")
 BFCL_TYPES = {
-    "python": {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list, "dict": dict, "any": str},
-    "java": {"byte": int, "short": int, "integer": int, "long": int, "float": float, "double": float, "boolean": bool, "char": str,
-             "String": str, "any": str, "Array": list, "ArrayList": list, "HashMap": dict},
-    "javascript": {"integer": int, "Bigint": int, "float": float, "Boolean": bool, "String": str, "any": str, "array": list, "dict": dict}}
+    "python": {"string": str, "any": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list,
+               "dict": dict},
+    "java": {"String": str, "char": str, "any": str, "byte": int, "short": int, "integer": int, "long": int, "float": float,
+             "double": float, "boolean": bool, "Array": list, "ArrayList": list, "HashMap": dict},
+    "javascript": {"String": str, "any": str, "integer": int, "Bigint": int, "float": float, "Boolean": bool, "array": list,
+                   "dict": dict}}
 BFCL_LONGEST = 10_000               # characters of an output; patterns and parsers need bounded time on whatever a model writes
 
 
@@ -147,7 +150,7 @@ def bfcl_items(folder: str) -> list[Item]:
             continue
         where = answer_path
         try:
-            answers = {} if "relevance" in category else {r["id"]: r["ground_truth"] for where, r in read_records(answer_path)}
+            answers = {} if "relevance" in category else {r["id"]: r["ground_truth"] for _, r in read_records(answer_path)}
             for where, record in read_records(path):
                 documents, language = record["function"], bfcl_language(category)
                 tools = documents if language == "python" else [bfcl_as_strings(d, language) for d in documents]
@@ -157,6 +160,8 @@ def bfcl_items(folder: str) -> list[Item]:
                     system.append(turns.pop(0).text)
                 reference = {"documents": documents}
                 if "relevance" not in category:
+                    if record["id"] not in answers:
+                        raise DataError(f"{where}: {answer_path} has no answer to {record['id']}; copy both files of one release.")
                     reference["truth"] = answers[record["id"]]
                     reference["fault"] = bfcl_fault(documents, reference["truth"], language)
                 items.append(Item(record["id"], category, [Message("system", "\n\n".join(system)), *turns], reference))
@@ -169,10 +174,11 @@ def bfcl_items(folder: str) -> list[Item]:
 
 def bfcl_as_strings(document: dict, language: str) -> dict:
     """A function's document for the prompt of a Java or JavaScript item: every argument is a string of source text."""
-    properties = {}
+    properties, language = {}, {"java": "Java", "javascript": "JavaScript"}[language]
     for name, p in document["parameters"]["properties"].items():
-        of = f" of {p['items']['type']}" if "items" in p else f" with the fields {json.dumps(p['properties'])}" if "properties" in p else ""
-        note = f"Written as a string: {'JavaScript' if language == 'javascript' else 'Java'} source text of type {p['type']}{of}."
+        of = f" of {p['items']['type']}" if "items" in p else ""
+        of += f" with the fields {json.dumps(p['properties'])}" if "properties" in p else ""
+        note = f"Written as a string: {language} source text of type {p['type']}{of}."
         properties[name] = {"type": "string", "description": f"{p.get('description', '')} {note}".strip()}
     return document | {"parameters": document["parameters"] | {"properties": properties}}
 
@@ -190,9 +196,12 @@ def bfcl_fault(documents: list[dict], truth: list[dict], language: str) -> str |
                 document, values = by_name[name][argument], arguments[argument]
                 if document["type"] not in BFCL_TYPES[language]:
                     return f"{name}'s {argument} is of the unknown type {document['type']}"
+                if not values:
+                    return f"{name}'s {argument} has no accepted value"
                 if any(type(options) is not list for v in values if type(v) is dict for options in v.values()):
                     return f"{name}'s {argument}: a key has a value where a list of accepted values is due"
-                if language == "java" and document.get("items") == {"type": "any"} and any(type(x) is not str for v in values for x in v):
+                of_any = language == "java" and document.get("items") == {"type": "any"}
+                if of_any and any(type(x) is not str for v in values for x in v):
                     return f"{name}'s {argument}: elements of type any are read as text, and other types are expected"
 
 
@@ -215,13 +224,13 @@ def bfcl_reason(item: Item, output: str) -> str | None:
     except Exception as e:          # of ast.parse alone: SyntaxError, ValueError, RecursionError, MemoryError
         calls, failure = [], f"no calls can be read: {e or type(e).__name__}"
     if "irrelevance" in item.category:
-        return f"calls {calls[0][0]}, where no function fits" if calls else None
+        return f"calls {calls[0][0]!r:.100}, where no function fits" if calls else None
     if "relevance" in item.category:
         return None if calls else failure or "no call"
     if failure:
         return failure
     truth = [next(iter(call.items())) for call in item.reference["truth"]]       # (name, {argument: accepted values})
-    if len(calls) != (1 if item.category.startswith("simple") or item.category == "live_simple" else len(truth)):
+    if len(calls) != len(truth):
         return f"{len(calls)} calls, not {len(truth)}"
     by_name = {d["name"]: d for d in reversed(documents)}
     if "parallel" in item.category:             # each expected call takes the first output that passes; no backtracking
@@ -237,16 +246,16 @@ def bfcl_reason(item: Item, output: str) -> str | None:
 
 
 def bfcl_check(call, document: dict, accepted: dict, language: str) -> str | None:
-    """Why one call (name, arguments) is wrong, or None. accepted: {argument: its accepted values}, "" among them = may be left out."""
+    """Why one call (name, arguments) is wrong, or None. accepted: {argument: its values}, "" among them = may be left out."""
     (name, arguments), properties = call, document["parameters"]["properties"]
     if name != document["name"]:
-        return f"function {name}, not {document['name']}"
+        return f"function {name!r:.100}, not {document['name']}"
     for argument in document["parameters"].get("required", []):
         if argument not in arguments:
             return f"required argument {argument} is missing"
     for argument, value in arguments.items():
         if argument not in properties or argument not in accepted:
-            return f"unexpected argument {argument}"
+            return f"unexpected argument {argument!r:.100}"
         type_name, types = properties[argument]["type"], BFCL_TYPES[language]
         expected = types[type_name]
         inner_name = properties[argument]["items"]["type"] if type_name in ("array", "tuple", "Array", "ArrayList") else None
@@ -302,7 +311,7 @@ def bfcl_value(value, accepted: list, expected: type, inner: type | None) -> boo
 
 
 def bfcl_decode(output: str, language: str) -> list[tuple[str, dict]]:
-    """The calls [(name, arguments)] of a model's text: a JSON list of {"name", "arguments"}, or calls in the item's language."""
+    """The calls [(name, arguments)] of a model's text: a JSON list of {"name", "arguments"}, or the item's language."""
     if len(output) > BFCL_LONGEST:
         raise ValueError(f"longer than {BFCL_LONGEST:,} characters")
     try:
@@ -362,7 +371,8 @@ def python_value(node):
 
 
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.USub: operator.neg, ast.UAdd: operator.pos}
+              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow, ast.USub: operator.neg,
+              ast.UAdd: operator.pos}
 
 
 def arithmetic(node):
@@ -384,13 +394,17 @@ def arithmetic(node):
 
 # Java and JavaScript: one call of assignments, its values source text, converted where the type in the document says so
 
-SCRIPT_TOKEN = re.compile(r"""(?P<space>(?:\s|//[^\n]*|/\*.*?\*/)+) | (?P<string>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\\n])*'|`[^`]*`)
-    | (?P<number>(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?) | (?P<word>[^\W\d][\w$]*|\$[\w$]*) | (?P<sign>::|[-+*/%=<>!&|^~?:;,.(){}\[\]])""", re.S | re.X)
+SCRIPT_TOKEN = re.compile(r"""(?P<space>(?:\s|//[^\n]*|/\*.*?\*/)+)
+    | (?P<string>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\\n])*'|`[^`]*`)
+    | (?P<number>(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)
+    | (?P<word>[^\W\d][\w$]*|\$[\w$]*)
+    | (?P<sign>::|=>|->|[-+*/%=<>!&|^~?:;,.(){}\[\]])""", re.S | re.X)
 BEFORE_OPERAND = {"new", "instanceof", "typeof", "await", "async", "function", "return", "const", "let", "var", "in", "of"}
 
-RESERVED = {"javascript": set("break case catch class const continue do else enum export extends finally for if import switch throw try "
-                              "while with".split())}
-RESERVED["java"] = RESERVED["javascript"] | set("boolean byte char double float int long short package private public static".split())
+RESERVED = {"javascript": set("break case catch class const continue do else enum export extends finally for if import "
+                              "switch throw try while with".split())}
+RESERVED["java"] = RESERVED["javascript"] | set("boolean byte char double float int long short package private public "
+                                                "static".split())
 
 
 def script_call(text: str, language: str) -> list[tuple[str, dict]]:
@@ -399,13 +413,13 @@ def script_call(text: str, language: str) -> list[tuple[str, dict]]:
     while position < len(text):
         m = SCRIPT_TOKEN.match(text, position)
         if language == "javascript" and tokens and tokens[-1][1] in "=([{,:":
-            m = re.compile(r"(?P<string>/[^/*\s][^/\n]*/[a-z]*)").match(text, position) or m            # a regular expression
-        if not m or m[0][0] == "`" and language == "java" or m[0][0] == '"' and "\n" in m[0] and language == "javascript":
+            m = re.compile(r"(?P<string>/[^/*\s][^/\n]*/[a-z]*)").match(text, position) or m         # a regular expression
+        if not m or language == "java" and m[0][0] == "`" or language == "javascript" and m[0][0] == '"' and "\n" in m[0]:
             raise ValueError(f"{text[position]!r} at character {position}")
         position = m.end()
-        suffix = {("number", "java"): r"[lLfFdD]", ("number", "javascript"): "n", ("word", "java"): r"<[\w\s,.?<>]*>"}
-        if m.lastgroup == "number" or tokens and tokens[-1][1] == "new":        # 5L, 5n, new HashMap<String, Object>
-            tail = re.compile(suffix.get((m.lastgroup, language), "")).match(text, position)
+        if m.lastgroup == "number" or language == "java" and tokens and tokens[-1][1] == "new":
+            tail = r"<[\w\s,.?<>]*>" if m.lastgroup == "word" else "[lLfFdD]" if language == "java" else "n"
+            tail = re.compile(tail).match(text, position)           # new HashMap<String, Object>, 5L, 5n
             position = tail.end() if tail else position
         if m.lastgroup != "space":
             tokens.append((m.lastgroup, text[m.start():position], m.start(), position))
@@ -438,24 +452,26 @@ def script_call(text: str, language: str) -> list[tuple[str, dict]]:
             check_expression(piece[2:], language)
             if words[0] in arguments:
                 raise ValueError(f"{words[0]} is given twice")
-            arguments[words[0]] = java_source(piece[2:], text) if language == "java" else unquote(text[piece[2][2]:piece[-1][3]])
+            value = java_source(piece[2:], text) if language == "java" else unquote(text[piece[2][2]:piece[-1][3]])
+            arguments[words[0]] = value
         elif not piece or "=" in words[1:2]:
             raise ValueError("an argument without a value")
     return [(name, arguments)]
 
 
 def check_expression(tokens, language: str) -> None:
-    """Raise ValueError for what no parser of the language takes as a value: operands side by side, operators without operands."""
+    """Raise ValueError for what no parser takes as a value: operands side by side, operators without operands."""
     depth, words = 0, [t[1] for t in tokens]
+    conditional = "?" in words
     if len(words) == 1 and words[0] in RESERVED[language]:
         raise ValueError(f"{words[0]} is no value")
     for (before, previous, *_), (kind, word, *_) in zip([("sign", "=")] + tokens, tokens):
         literal = {"string", "number"} & {before, kind}
         if "sign" not in (before, kind) and not {previous, word} & BEFORE_OPERAND and (literal or not depth):
             raise ValueError(f"{previous:.40} {word:.40} without an operator")
-        if word == ";" and not depth or word == ":" and "?" not in words and (language == "java" or not depth):
+        if word == ";" and not depth or word == ":" and not conditional and (language == "java" or not depth):
             raise ValueError(f"{word!r} in a value that is not quoted")
-        if language == "java" and (word == "[" and previous in "=(,[{" or word == "{" and previous not in (*")]>{,",)):
+        if language == "java" and (word == "[" and previous in "=(,[{" or word == "{" and previous not in (*")]>{,", "->")):
             raise ValueError(f"{word!r} begins no value in Java")
         if previous in tuple("=([{,") and word in tuple("*/%.&|?:<>=^"):
             raise ValueError(f"nothing before {word!r}")
@@ -470,14 +486,15 @@ def java_source(tokens, text: str) -> str:
     if len(tokens) == 1 and tokens[0][0] == "string":
         return tokens[0][1][1:-1]
     source, skipped, called, new = "", 0, 0, False          # depths of a class body, and of a method's arguments
-    for i, (kind, word, start, end) in enumerate(tokens):
-        previous = tokens[i - 1][1] if i else ""
+    for (before, previous, _, gap), (kind, word, _, end) in zip([("", "", 0, 0)] + tokens, tokens):
         if word == "{" and not called and (skipped or previous == ")"):
             skipped += 1
-        if word == "(" and not skipped and (called or not new and tokens[i - 1][0] == "word"):
+        if word == "(" and not skipped and (called or before == "word" and not new):
             called += 1
-        if not skipped:
-            source += (text[tokens[i - 1][3]:start] if called else "") + word + " " * (word == "new" and not called)
+        if called:
+            source += text[gap:end]
+        elif not skipped:
+            source += "new " if word == "new" else re.sub(r"\s", "", word) if kind == "word" else word
         skipped -= word == "}" and skipped > 0
         called -= word == ")" and called > 0
         new = word == "new" or new and word != "("
@@ -488,7 +505,8 @@ def unquote(text: str) -> str:
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
-NUMBERS = {"java": {"byte": (int, ""), "short": (int, ""), "integer": (int, ""), "long": (int, "[lL]"), "float": (float, "[fF]"), "double": (float, "")},
+NUMBERS = {"java": {"byte": (int, ""), "short": (int, ""), "integer": (int, ""), "long": (int, "[lL]"),
+                    "float": (float, "[fF]"), "double": (float, "")},
            "javascript": {"integer": (int, ""), "Bigint": (int, "n"), "float": (float, "")}}
 
 
@@ -575,7 +593,7 @@ def javascript_field(text: str):
 
 
 def bfcl_summary(verdicts: list[dict]) -> dict:
-    """Accuracy and count of every category present, then the groups of upstream's leaderboard, each over the members it names."""
+    """Accuracy and count of every category present; the groups of upstream's leaderboard, each over the members it names."""
     correct = {c: [v["correct"] for v in verdicts if v["category"] == c] for c in BFCL_CATEGORIES}
     count = {c: len(x) for c, x in correct.items() if x}
     accuracy = {c: sum(correct[c]) / n for c, n in count.items()}
@@ -583,19 +601,20 @@ def bfcl_summary(verdicts: list[dict]) -> dict:
     def group(members, scores, weights=None):
         members = [m for m in members if m in scores]
         weights = {m: weights[m] if weights else 1 for m in members}
-        return {"accuracy": sum(scores[m] * weights[m] for m in members) / sum(weights.values()), "over": members} if members else None
+        total = sum(scores[m] * weights[m] for m in members)
+        return {"accuracy": total / sum(weights.values()), "over": members} if members else None
 
-    live = BFCL_CATEGORIES[7:11]
     groups = {"simple": group(BFCL_CATEGORIES[:3], accuracy)}
     non_live = accuracy | ({"simple": groups["simple"]["accuracy"]} if groups["simple"] else {})
     groups["non_live_ast"] = group(("simple", "multiple", "parallel", "parallel_multiple"), non_live)
-    groups["live_ast"] = group(live, accuracy, count)                           # by their counts; all others by equal parts
-    groups["hallucination_irrelevance"] = group(("irrelevance", "live_irrelevance"), accuracy)
+    groups["live_ast"] = group(BFCL_CATEGORIES[7:11], accuracy, count)          # by their counts; all others by equal parts
+    groups["irrelevance"] = group(("irrelevance", "live_irrelevance"), accuracy)
     groups = {name: g for name, g in groups.items() if g}
-    of_groups = {name: g["accuracy"] for name, g in groups.items()}
     # upstream weights these three 10 : 10 : 10, beside multi-turn (30) and agentic (40), which are not asked here
-    groups["overall_of_present"] = group(("non_live_ast", "live_ast", "hallucination_irrelevance"), of_groups)
-    return {"categories": {c: {"accuracy": accuracy[c], "count": n} for c, n in count.items()}, "groups": {n: g for n, g in groups.items() if g},
+    of_groups = {name: g["accuracy"] for name, g in groups.items()}
+    groups["overall_of_present"] = group(("non_live_ast", "live_ast", "irrelevance"), of_groups)
+    return {"categories": {c: {"accuracy": accuracy[c], "count": n} for c, n in count.items()},
+            "groups": {name: g for name, g in groups.items() if g},
             "all_items": {"accuracy": sum(v["correct"] for v in verdicts) / max(len(verdicts), 1), "count": len(verdicts)},
             "data_faults": {v["id"]: v["fault"] for v in verdicts if v.get("fault")}}
 
