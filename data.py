@@ -102,7 +102,7 @@ def read_records(path: str, progress: bool = False):
     line = 0
     try:
         with open(path, encoding="utf-8") as f, tqdm(
-                total=os.path.getsize(path), desc=f"read {path}", unit="B", unit_scale=True, disable=not progress) as bar:
+                total=os.path.getsize(path), desc=f"read {path}", unit="B", unit_scale=True, disable=not progress, delay=1) as bar:
             head = f.read(2**16).lstrip()
             f.seek(0)
             if head[:1] == "[":

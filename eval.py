@@ -671,7 +671,7 @@ SCRIPT_TOKEN = re.compile(r"""(?P<space>(?:\s|//[^\n]*|/\*.*?\*/)+)
     | (?P<string>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\\n])*'|`[^`]*`)
     | (?P<number>(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?)
     | (?P<word>[^\W\d][\w$]*|\$[\w$]*)
-    | (?P<sign>::|=>|->|[-+*/%=<>!&|^~?:;,.(){}\[\]])""", re.S | re.X)
+    | (?P<sign>::|=>|->|[=!<>]=+|\+\+|--|\.\.\.|[-+*/%=<>!&|^~?:;,.(){}\[\]])""", re.S | re.X)
 BEFORE_OPERAND = {"new", "instanceof", "typeof", "await", "async", "function", "return", "const", "let", "var", "in", "of"}
 
 RESERVED = {"javascript": set("break case catch class const continue do else enum export extends finally for if import "
@@ -690,15 +690,16 @@ def script_call(text: str, language: str) -> list[tuple[str, dict]]:
         if not m or language == "java" and m[0][0] == "`" or language == "javascript" and m[0][0] == '"' and "\n" in m[0]:
             raise ValueError(f"{text[position]!r} at character {position}")
         position = m.end()
-        if m.lastgroup == "number" or language == "java" and tokens and tokens[-1][1] == "new":
+        if m.lastgroup == "number" or m.lastgroup == "word" and language == "java" and tokens and tokens[-1][1] == "new":
             tail = r"<[\w\s,.?<>]*>" if m.lastgroup == "word" else "[lLfFdD]" if language == "java" else "n"
             tail = re.compile(tail).match(text, position)           # new HashMap<String, Object>, 5L, 5n
             position = tail.end() if tail else position
         if m.lastgroup != "space":
             tokens.append((m.lastgroup, text[m.start():position], m.start(), position))
     head = next((i for i, t in enumerate(tokens) if t[1] == "("), 0)
-    name = "".join(t[1] for t in tokens[:head])
-    if not re.fullmatch(r"[^\W\d][\w$]*(\.[^\W\d][\w$]*)*", name):
+    line_before = r"\s*(?:[a-z]+\s*\n)?\s*" if language == "javascript" else r"\s*"       # the language's name, left of a fence
+    name = tokens and re.fullmatch(line_before + r"([^\W\d][\w$]*(?:\.[^\W\d][\w$]*)*)\s*", text[:tokens[head][2]])
+    if not name:
         raise ValueError("not a call of a named function")
     stack, pieces = ["("], [[]]
     for end, token in enumerate(tokens[head + 1:], head + 1):
@@ -718,18 +719,19 @@ def script_call(text: str, language: str) -> list[tuple[str, dict]]:
     for piece in pieces:
         if not piece and (language == "javascript" or len(pieces) == 1):
             continue
-        words = [t[1] for t in piece]
-        if len(piece) == 1 and piece[0][0] == "word":
-            arguments[None] = words[0]          # upstream's: of the positional arguments only a bare name counts
-        elif len(piece) > 2 and piece[0][0] == "word" and words[1] == "=" and words[2] != "=":
-            check_expression(piece[2:], language)
-            if words[0] in arguments:
-                raise ValueError(f"{words[0]} is given twice")
-            value = java_source(piece[2:], text) if language == "java" else unquote(text[piece[2][2]:piece[-1][3]])
-            arguments[words[0]] = value
-        elif not piece or "=" in words[1:2]:
-            raise ValueError("an argument without a value")
-    return [(name, arguments)]
+        argument, expression = None, piece
+        if [t[0] for t in piece[:1]] == ["word"] and [t[1] for t in piece[1:2]] == ["="]:
+            argument, expression = piece[0][1], piece[2:]
+        if not expression or argument is None and "=" in [t[1] for t in piece]:
+            raise ValueError("an argument without a name or a value")
+        check_expression(expression, language)
+        if argument is None and (len(piece) > 1 or piece[0][0] != "word"):
+            continue                            # upstream ignores positional arguments, except for names
+        if argument in arguments:
+            raise ValueError(f"{argument} is given twice")
+        start, end = expression[0][2], expression[-1][3]
+        arguments[argument] = java_source(expression, text) if language == "java" else unquote(text[start:end])
+    return [(name[1], arguments)]
 
 
 def check_expression(tokens, language: str) -> None:

@@ -1,11 +1,12 @@
 """A measurement, not a test: do eval.py's BFCL verdicts agree with upstream's own checker on the same texts?
 
-    pip install --no-deps bfcl-eval==2026.3.23 filelock tenacity tree-sitter==0.21.3 tree-sitter-java==0.21.0 tree-sitter-javascript==0.21.4
+    pip install --no-deps bfcl-eval==2026.3.23 filelock tenacity
+    pip install --no-deps tree-sitter==0.21.3 tree-sitter-java==0.21.0 tree-sitter-javascript==0.21.4
     python tests/agree_bfcl.py --data DIR            # the folder of BFCL_v4_*.json and possible_answer/
 
-Every item is answered with its accepted calls and with damaged ones, as calls in its language and some as JSON. A text goes through
-upstream's decoding and checking of prompted models (JSON: as its handlers of xLAM models read it) and through bfcl_judge. Where
-upstream raises, its verdict counts as "wrong", and the number of these is printed.
+Every item is answered with its accepted calls and with damaged ones, as calls in its language and some as JSON. A text
+goes through upstream's decoding and checking of prompted models (JSON: as its handlers of xLAM models read it) and through
+bfcl_judge. Where upstream raises while checking, its verdict counts as "wrong", and the number of these is printed.
 """
 import argparse
 import collections
@@ -22,7 +23,6 @@ from eval import bfcl_items, bfcl_judge, bfcl_language
 def load_upstream():
     """Upstream's decoder, checker and enums; its table of models, which imports every vendor's client, is stood in for."""
     try:
-        import bfcl_eval
         table = types.ModuleType("bfcl_eval.constants.model_config")
         table.MODEL_CONFIG_MAPPING = {"prompted": types.SimpleNamespace(underscore_to_dot=False)}
         sys.modules[table.__name__] = table
@@ -31,7 +31,7 @@ def load_upstream():
         from bfcl_eval.model_handler.utils import default_decode_ast_prompting
         from bfcl_eval.utils import is_empty_output, is_function_calling_format_output
     except ImportError as e:
-        sys.exit(f"agree_bfcl.py needs bfcl-eval 2026.3.23 and what its checker imports ({e}); the docstring has the pip command.")
+        sys.exit(f"agree_bfcl.py needs bfcl-eval 2026.3.23 and what its checker imports ({e}); --help has the pip command.")
 
     def verdict(item, text: str, is_json: bool):
         """(correct, reason, crashed)"""
@@ -48,7 +48,8 @@ def load_upstream():
         if not is_function_calling_format_output(decoded):
             return False, "wrong output format", False
         try:
-            result = ast_checker(item.reference["documents"], decoded, item.reference["truth"], Language(language), item.category, "prompted")
+            result = ast_checker(item.reference["documents"], decoded, item.reference["truth"], Language(language),
+                                 item.category, "prompted")
         except Exception as e:
             return False, f"crash: {type(e).__name__}: {e}", True
         return result["valid"], f"{result.get('error_type')}: {result.get('error')}", False
@@ -123,11 +124,11 @@ def shuffled(x, rng):
 
 
 CALL_DAMAGE = {
-    "wrong name": on_call(lambda n, g, r: (r.choice([n + "s", n[:-1], n.swapcase(), n.replace(".", "_") + "_", n.split(".")[-1] + "x"]), g)),
+    "wrong name": on_call(lambda n, g, r: (r.choice([n + "s", n[:-1], n.swapcase(), n.replace(".", "_") + "_"]), g)),
     "name without module": on_call(lambda n, g, r: (n.split(".")[-1], g) if "." in n else None),
     "missing argument": on_call(lambda n, g, r: (n, without(g, r)) if g else None),
     "extra argument": on_call(lambda n, g, r: (n, {**g, r.choice(["verbose", "unit", "limit", "type"]): r.choice([True, 3, "x"])})),
-    "renamed argument": on_call(lambda n, g, r: (n, {(k.upper() if k != k.upper() else k + "_") if i == 0 else k: v for i, (k, v) in enumerate(g.items())}) if g else None),
+    "renamed argument": on_call(lambda n, g, r: (n, {k + "_" * (i == 0): v for i, (k, v) in enumerate(g.items())}) if g else None),
     "type: number as text": change((int, float), lambda v, r: str(v)),
     "type: text as number": change((str,), lambda v, r: r.choice([7, 1.5, True])),
     "type: value in a list": change((int, float, str, bool), lambda v, r: [v]),
@@ -151,14 +152,13 @@ CALL_DAMAGE = {
     "dict: a key more": change((dict,), lambda v, r: {**v, "more": 1}),
     "calls reordered": lambda calls, r: shuffled(calls, r),
     "calls surplus": lambda calls, r: calls + [r.choice(calls)],
-    "calls dropped": lambda calls, r: [c for i, c in enumerate(calls) if i != r.randrange(len(calls))][:len(calls) - 1],
+    "calls dropped": lambda calls, r: r.sample(calls, len(calls) - 1),
     "argument order": lambda calls, r: [(n, dict(shuffled(list(g.items()), r))) for n, g in calls]}
 
 
 def cut_argument_name(text, rng):
-    starts = [i for i, c in enumerate(text) if c == "="]
-    at = rng.choice(starts) if starts else 0
-    return text[:text.rfind("(" if text.rfind("(", 0, at) > text.rfind(",", 0, at) else ",", 0, at) + 1] + text[at + 1:]
+    at = rng.choice([i for i, c in enumerate(text) if c == "="] or [0])
+    return text[:max(text.rfind("(", 0, at), text.rfind(",", 0, at)) + 1] + text[at + 1:]
 
 
 TEXT_DAMAGE = {
@@ -176,9 +176,9 @@ TEXT_DAMAGE = {
     "text: bare words": lambda t, r: t.replace('"', "").replace("'", ""),
     "text: sum": lambda t, r: t.replace("=", "=1+", 1),
     "text: plus": lambda t, r: t.replace("=", "=+", 1),
-    "text: bare map": lambda t, r: t.replace("'new HashMap", "new HashMap").replace("}}'", "}}").replace("'{", "{").replace("}'", "}"),
-    "text: nested call": lambda t, r: t.replace("=", "=f(x=1)+", 1) if r.random() < 0.5 else t.replace("=", "=f(", 1).replace(",", "),", 1),
-    "text: only prose": lambda t, r: r.choice(["I cannot help with that.", "None of the functions can be used", "None", "", "[]", "[None]", "{}"])}
+    "text: bare map": lambda t, r: t.replace("'new HashMap", "new HashMap").replace("}}'", "}}"),
+    "text: nested call": lambda t, r: r.choice([t.replace("=", "=f(x=1)+", 1), t.replace("=", "=f(", 1).replace(",", "),", 1)]),
+    "text: only prose": lambda t, r: r.choice(["I cannot help with that.", "None of the functions fits", "None", "", "[]", "{}"])}
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -186,8 +186,8 @@ TEXT_DAMAGE = {
 
 def quoted(text: str, rng) -> str:
     """A string literal of Java or JavaScript; both keep what stands between the quotes as it is."""
-    quotes = [q for q in "\"'" if q not in text]
-    return (quotes[0] if len(quotes) == 1 or text == "" else rng.choice(quotes)).join(["", text, ""]) if quotes else json.dumps(text)
+    quotes = [q for q in "\"'" if q not in text] if text else ['"']
+    return rng.choice(quotes).join(["", text, ""]) if quotes else json.dumps(text)
 
 
 def script_source(value, parameter: dict, language: str, rng) -> str:
@@ -203,17 +203,19 @@ def script_source(value, parameter: dict, language: str, rng) -> str:
         return value if value.isidentifier() and kind == "any" and rng.random() < 0.5 else quoted(value, rng)
     if language == "javascript":
         if isinstance(value, dict):
-            return "{" + ", ".join(f"{quoted(k, rng) if rng.random() < 0.5 else k}: {script_source(v, {}, language, rng)}" for k, v in value.items()) + "}"
+            keys = [k if rng.random() < 0.5 else quoted(k, rng) for k in value]
+            return "{" + ", ".join(f"{k}: {script_source(v, {}, language, rng)}" for k, v in zip(keys, value.values())) + "}"
         return "[" + ", ".join(script_source(v, {"type": inner}, language, rng) for v in value) + "]"
     if isinstance(value, dict):
         puts = "".join(f'put("{k}", {json.dumps(v)}); ' for k, v in value.items())
         text = f"new HashMap<String, Object>() {{{{ {puts}}}}}" if value else "new HashMap<>()"
         return text if "'" in text else f"'{text}'"             # quoted: upstream's parser drops the body of a bare `new`
     if kind == "ArrayList":
-        # by a literal, since the any-typed elements keep their quotes otherwise
-        items = [str(v) if inner == "any" and isinstance(v, str) else script_source(v, {"type": inner}, language, rng) for v in value]
-        return quoted("new ArrayList<>(Arrays.asList(" + ", ".join(items) + "))", rng) if inner in ("any", "char") and value else \
-            f"new ArrayList<>({'Arrays.asList(' + ', '.join(items) + ')' if value else ''})"
+        # elements of type any keep their quotes, so they get none, which only a quoted literal can hold
+        bare = inner == "any"
+        items = [str(v) if bare and isinstance(v, str) else script_source(v, {"type": inner}, language, rng) for v in value]
+        text = f"new ArrayList<>({'Arrays.asList(' + ', '.join(items) + ')' if value else ''})"
+        return quoted(text, rng) if bare else text
     items = ", ".join(str(v) if isinstance(v, str) else script_source(v, {"type": inner}, language, rng) for v in value)
     text = f"new {'int' if inner == 'integer' else inner or 'Object'}[]{{{items}}}"
     return text if inner == "integer" else quoted(text, rng)
@@ -227,7 +229,8 @@ def render(item, calls, rng) -> str:
         if language == "python":
             return repr(value)
         return script_source(value, documents.get(name, {}).get(argument, {}), language, rng)
-    return "[" + ", ".join(f"{name}({', '.join(f'{a}={source(name, a, v)}' for a, v in given.items())})" for name, given in calls) + "]"
+    calls = [f"{name}({', '.join(f'{a}={source(name, a, v)}' for a, v in given.items())})" for name, given in calls]
+    return f"[{', '.join(calls)}]"
 
 
 def render_json(item, calls, rng, bare=0.0) -> str:
@@ -248,7 +251,8 @@ def outputs(item, rng):
     if "relevance" in item.category:
         call = f"{item.reference['documents'][0]['name']}(x=1)" if item.reference["documents"] else "f(x=1)"
         yield from (("call", f"[{call}]", False), ("call", call, False), ("call", f"[{call}, {call}]", False))
-        yield from (("prose", t, False) for t in ("I cannot help with that.", "", "None", f"You could use {call}.", f"[{call}", "Sorry", "x = 1"))
+        for text in ("I cannot help with that.", "", "None", f"You could use {call}.", f"[{call}", "Sorry", "x = 1"):
+            yield "prose", text, False
         yield from (("empty", "[]", False), ("empty", "[]", True), ("JSON", '[{"name": "f", "arguments": {"x": 1}}]', True))
         return
     for which in ("sparse", "full", "last"):
@@ -286,7 +290,8 @@ def main():
             if kind.startswith("accepted") and not theirs:
                 refused[kind + (", JSON" if is_json else "")].append(item.id)
             if theirs != mine["correct"] and (shown := shown + 1) <= o.show:
-                print(f"DISAGREE {item.id} ({kind}): {text[:300]!r}\n   upstream {theirs}: {reason[:300]}\n   ours     {mine['correct']}: {mine['reason'][:300]}")
+                print(f"DISAGREE {item.id} ({kind}): {text[:300]!r}\n   upstream {theirs}: {reason[:300]}\n"
+                      f"   ours     {mine['correct']}: {mine['reason'][:300]}")
     for title, table in (("category", by_category), ("damage", by_damage)):
         print(f"\n{title:34} {'outputs':>8} {'accepted':>9} {'agree':>8}")
         for name, c in table.items():
