@@ -174,7 +174,7 @@ class _RMSNorm(torch.autograd.Function):
 class Attention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.head_dim, self.gqa = c.head_dim, c.num_key_value_heads != c.num_attention_heads
+        self.head_dim = c.head_dim
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
@@ -192,8 +192,10 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(self, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.gqa)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                            # (B, T, hidden)
+        if mask is not None:        # decoding, T = 1: the heads that share a key take the place of T, so that it is read once
+            q = q.view(B, k.shape[1], -1, self.head_dim)                               # (B, n_kv_head, group, head_dim)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+        return self.o_proj(y.reshape(B, -1, T, self.head_dim).transpose(1, 2).reshape(B, T, -1))    # (B, T, hidden)
 
 
 class MLP(nn.Module):
@@ -621,68 +623,83 @@ def memory_per_gpu(config: Config, gpus: int, micro_tokens: int, recompute=False
 # Generation
 
 class KVCache:
-    """Keys and values of a batch whose rows have unequal lengths: row b fills its first lengths[b] places."""
+    """Keys and values of up to `rows` sequences of unequal lengths, at most `capacity` tokens each."""
 
-    def __init__(self, lengths: torch.Tensor, capacity: int):
-        self.lengths, self.capacity, self.store = lengths, capacity, {}
-        self.rows = torch.arange(len(lengths), device=lengths.device)
+    def __init__(self, rows: int, capacity: int):
+        self.rows, self.capacity, self.store = rows, capacity, {}
+
+    def place(self, first: int, last: int, positions=None):
+        """Say where the next tokens go: whole prompts into rows first to last, or (decoding) a token a row at its position (B,)."""
+        self.first, self.last, self.positions, self.mask = first, last, positions, None
+        if positions is not None:
+            self.index, self.used = torch.arange(last, device=positions.device), int(positions.max()) + 1
+            self.mask = (torch.arange(self.used, device=positions.device) <= positions[:, None])[:, None, None]   # (B, 1, 1, used)
 
     def extend(self, layer, k, v):
         """Store k, v (B, n_kv_head, T, head_dim); return what this layer attends to, and the mask (None: causal)."""
-        if layer not in self.store:                     # prefill: right-padded prompts, causal, no mask needed
-            room = (*k.shape[:2], self.capacity, k.shape[3])
-            self.store[layer] = k.new_zeros(room), v.new_zeros(room)
-            for full, new in zip(self.store[layer], (k, v)):
-                full[:, :, :k.shape[2]] = new
+        if layer not in self.store:                     # zeros, since what is masked must still be finite
+            self.store[layer] = k.new_zeros(2, self.rows, k.shape[1], self.capacity, k.shape[3])
+        keys, values = self.store[layer]
+        if self.mask is None:                           # prefill: right-padded prompts, causal, no mask needed
+            keys[self.first:self.last, :, :k.shape[2]], values[self.first:self.last, :, :k.shape[2]] = k, v
             return k, v, None
-        keys, values = self.store[layer]                # decode: one new token a row, over what padding was there
-        keys[self.rows, :, self.lengths], values[self.rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
-        used = int(self.lengths.max()) + 1
-        mask = torch.arange(used, device=k.device) <= self.lengths[:, None]             # (B, used)
-        return keys[:, :, :used], values[:, :, :used], mask[:, None, None]
+        keys[self.index, :, self.positions], values[self.index, :, self.positions] = k[:, :, 0], v[:, :, 0]
+        return keys[:self.last, :, :self.used], values[:self.last, :, :self.used], self.mask
 
-    def keep(self, rows):
-        """Drop the rows that have finished."""
-        self.lengths, self.rows = self.lengths[rows], self.rows[:len(rows)]
-        self.store = {layer: (k[rows], v[rows]) for layer, (k, v) in self.store.items()}
+    def move(self, source: int, target: int):
+        """Copy one row over another, which has finished."""
+        for both in self.store.values():
+            both[:, target] = both[:, source]
+
+
+PREFILL_TOKENS = 2048       # of one forward over new prompts, padding included: enough to fill a device, and no large activations
 
 
 @torch.no_grad()
-def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, stop_ids,
-             temperature: float = 0.0) -> list[list[int]]:
-    """Continue each prompt (token ids; the lengths may differ), as one batch with a KV cache.
+def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, stop_ids, temperature: float = 0.0,
+             cache_tokens: int = 16384, finished=None) -> list[list[int]]:
+    """Continue each prompt (token ids; the lengths may differ), as many at once as `cache_tokens` of KV cache hold.
 
     Greedy at temperature 0, else sampled from softmax(logits / temperature) with torch's global generator. Returns the new
-    ids of each prompt, without the prompt and without the stop id that ended it. Raises ValueError on an empty prompt.
+    ids of each prompt, without the prompt and without the stop id that ended it; `finished(i, ids)` is called when prompt i is
+    done. The longest go first, and the place of one that is done is taken by the next (continuous batching). Raises ValueError
+    on an empty prompt.
     """
-    if not prompts or max_new_tokens < 1:
-        return [[] for _ in prompts]
     if not all(prompts):
         raise ValueError("an empty prompt cannot be continued; give it at least one token (the bos token, say).")
-    device = model.head.device
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    tokens = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.int64, device=device)
-    for b, prompt in enumerate(prompts):
-        tokens[b, :len(prompt)] = torch.tensor(prompt)
-    outputs, alive, stop_ids = [[] for _ in prompts], list(range(len(prompts))), set(stop_ids)
-
-    cache = KVCache(lengths, tokens.shape[1] + max_new_tokens)
-    x = model.hidden(tokens, cache=cache)[cache.rows, lengths - 1]                      # (B, H), each row's last token
-    while True:
-        logits = F.linear(x, model.head).float()                                        # (B, V)
+    device, stop_ids, outputs = model.head.device, set(stop_ids), [[] for _ in prompts]
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if max_new_tokens > 0 else []      # the longest last
+    room = lambda i: len(prompts[i]) + max_new_tokens
+    alive = []                                          # the prompt that each row of the cache continues
+    while waiting or alive:
+        if not alive:
+            cache = KVCache(min(len(waiting), max(1, cache_tokens // room(waiting[-1]))), room(waiting[-1]))
+        x = []                                          # (rows, H) of each row's last token
+        if alive:
+            positions = torch.tensor([len(prompts[i]) + len(outputs[i]) - 1 for i in alive], device=device)
+            new = torch.tensor([[outputs[i][-1]] for i in alive], device=device)
+            cache.place(0, len(alive), positions)
+            x.append(model.hidden(new, positions[:, None], cache)[:, 0])
+        # much shorter prompts wait until the cache is empty, for one of more and shorter rows
+        while waiting and len(alive) < cache.rows and 2 * room(waiting[-1]) > cache.capacity:
+            width, first = len(prompts[waiting[-1]]), len(alive)
+            alive += (waiting.pop() for _ in range(min(len(waiting), cache.rows - first, max(1, PREFILL_TOKENS // width))))
+            ends = torch.tensor([len(prompts[i]) - 1 for i in alive[first:]], device=device)
+            tokens = torch.tensor([prompts[i] + [0] * (width - len(prompts[i])) for i in alive[first:]], device=device)
+            cache.place(first, len(alive))
+            x.append(model.hidden(tokens, cache=cache)[torch.arange(len(ends), device=device), ends])
+        logits = (model.head @ torch.cat(x).T).T.float()                                # (rows, V)
         new = logits.argmax(-1) if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(1)
-        going = []
-        for row, (b, token) in enumerate(zip(alive, new.tolist())):
-            if token not in stop_ids:
-                outputs[b].append(token)
-                if len(outputs[b]) < max_new_tokens:
-                    going.append(row)
-        if not going:
-            return outputs
-        if len(going) < len(alive):
-            alive = [alive[row] for row in going]
-            going = torch.tensor(going, device=device)
-            new = new[going]
-            cache.keep(going)
-        x = model.hidden(new[:, None], positions=cache.lengths[:, None], cache=cache)[:, -1]    # (B, H)
-        cache.lengths = cache.lengths + 1
+        new = new.tolist()
+        for row in reversed(range(len(alive))):         # from the last, so that the row that fills a gap has been seen
+            i = alive[row]
+            if new[row] not in stop_ids:
+                outputs[i].append(new[row])
+            if new[row] in stop_ids or len(outputs[i]) == max_new_tokens:
+                if finished:
+                    finished(i, outputs[i])
+                alive[row] = alive[-1]
+                alive.pop()
+                if row < len(alive):
+                    cache.move(len(alive), row)
+    return outputs
