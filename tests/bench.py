@@ -3,6 +3,7 @@
     python tests/bench.py head                                   # fused_cross_entropy beside naive logits and torch's own
     python tests/bench.py train --model DIR --data train.json    # a training step beside transformers' LlamaForCausalLM
     python tests/bench.py memory                                 # bytes per GPU that sharded training takes, estimated
+    python tests/bench.py generate --model DIR --data train.json # greedy decoding beside transformers' generate
     python tests/bench.py toy                                    # `python train.py` over 5 seeds: mean and spread
 
 Peak memory is the process's high-water mark above what it held before (Linux: VmHWM), each variant in a process of its own.
@@ -20,8 +21,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from data import Dataset, collate, epoch_batches
-from model import Config, Transformer, _chunk_rows, fused_cross_entropy, memory_per_gpu
+from data import Dataset, Renderer, collate, epoch_batches, read_samples
+from model import Config, Transformer, _chunk_rows, fused_cross_entropy, generate, memory_per_gpu
 
 
 def memory(key: str) -> float:
@@ -179,6 +180,59 @@ def bench_memory(micro_tokens: int) -> None:
 
 
 # -----------------------------------------------------------------------------------------------------------------
+# generate: the same prompts, weights, stop token and number of new tokens; greedy; group by group, the variants taking turns
+
+def bench_generate(path: str, data: list, count: int, batch: int, new: int, max_length: int) -> None:
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    hf = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    ours = Transformer(Config.from_hf(json.load(open(os.path.join(path, "config.json")))))
+    ours.load_state_dict(hf.state_dict(), assign=True, strict=False)            # one copy of the weights for both
+    renderer = Renderer(path)
+    prompts = [renderer.prompt([m for m in s.messages if not m.is_output]) for f in data for s in read_samples(f)]
+    prompts = [p for p in prompts if len(p) <= max_length][:count]
+
+    @torch.no_grad()
+    def theirs(group, new):
+        width = max(map(len, group))
+        tokens = torch.tensor([[renderer.end] * (width - len(p)) + p for p in group])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in group])
+        out = hf.generate(tokens, attention_mask=mask, max_new_tokens=new, do_sample=False, eos_token_id=renderer.end,
+                          pad_token_id=renderer.end)[:, width:].tolist()
+        return [ids[:ids.index(renderer.end)] if renderer.end in ids else ids for ids in out]
+
+    def our(group, new):
+        return generate(ours, group, new, {renderer.end})
+
+    one_by_one = lambda f: lambda group, new: [f([prompt], new)[0] for prompt in group]
+    variants = {"transformers, one by one": one_by_one(theirs), "transformers, batched": theirs,
+                "ours, one by one": one_by_one(our), "ours, batched": our}
+    seconds, prefill, outputs = ({name: [] for name in variants} for _ in range(3))
+    for f in (theirs, our):                             # first-use buffers
+        f([prompts[0][:16]], 2)
+    for i in range(0, len(prompts), batch):
+        for name, f in variants.items():
+            for n, times in ((1, prefill), (new, seconds)):
+                start = time.perf_counter()
+                out = f(prompts[i:i + batch], n)
+                times[name].append(time.perf_counter() - start)
+            outputs[name] += out
+    lengths = sorted(map(len, prompts))
+    print(f"\ngenerate, {len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens ({sum(lengths) / len(lengths):.0f} on average), "
+          f"{new} new ones at most, batches of {batch}")
+    base = next(iter(variants))
+    rate = {name: sum(map(len, outputs[name])) / sum(seconds[name]) for name in variants}
+    # decoding alone: the time past that of one new token
+    decode = {name: (sum(map(len, outputs[name])) - len(prompts)) / (sum(seconds[name]) - sum(prefill[name])) for name in variants}
+    for name in variants:
+        same = sum(a == b for a, b in zip(outputs[name], outputs[base])) / len(prompts)
+        print(f"  {name:26} {rate[name]:6.1f} new tokens/s, {rate[name] / rate[base]:.2f} x   prefill {sum(prefill[name]):6.1f} s, "
+              f"{sum(prefill[name]) / sum(prefill[base]):.2f} x   decoding alone {decode[name]:6.1f} tokens/s, {decode[name] / decode[base]:.2f} x   "
+              f"{same:.0%} of the outputs as {base}")
+
+
+# -----------------------------------------------------------------------------------------------------------------
 # toy: the whole reproduction, several seeds
 
 def bench_toy(seeds: int, out: str | None) -> None:
@@ -206,14 +260,17 @@ def bench_toy(seeds: int, out: str | None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["head", "train", "memory", "toy"])
-    parser.add_argument("--model", help="checkpoint for `train`")
-    parser.add_argument("--data", nargs="+", help="data for `train`")
+    parser.add_argument("what", choices=["head", "train", "memory", "generate", "toy"])
+    parser.add_argument("--model", help="checkpoint for `train` and `generate`")
+    parser.add_argument("--data", nargs="+", help="data for `train` and `generate`")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of `train`")
     parser.add_argument("--repeats", type=int, default=5, help="measured repeats of `head`")
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--micro-tokens", type=int, default=8192, help="tokens of a micro-batch of `memory`")
     parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--prompts", type=int, default=16, help="prompts of `generate`, the first that fit --max-length")
+    parser.add_argument("--batch", type=int, default=8, help="prompts that `generate` continues together")
+    parser.add_argument("--new", type=int, default=48, help="most new tokens of a prompt in `generate`")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", help="where `toy` keeps its runs (default: a temporary directory)")
     a = parser.parse_args()
@@ -223,5 +280,8 @@ if __name__ == "__main__":
         bench_train(a.model, a.data, a.steps, a.batch_tokens, a.max_length)
     elif a.what == "memory":
         bench_memory(a.micro_tokens)
+    elif a.what == "generate":
+        torch.set_num_threads(1)
+        bench_generate(a.model, a.data, a.prompts, a.batch, a.new, a.max_length)
     else:
         bench_toy(a.seeds, a.out)
