@@ -124,20 +124,22 @@ def read_outputs(folder: str, settings: dict) -> dict[str, str | None]:
     Raises DataError, naming what differs, where a file was begun with other settings.
     """
     outputs = {}
-    for name in sorted(os.listdir(folder)):
-        if re.fullmatch(r"outputs\.\d+\.jsonl", name):
-            path = os.path.join(folder, name)
-            with open(path, encoding="utf-8", errors="replace") as f:
-                lines = f.read().split("\n")[:-1]       # what follows the last newline was cut short by a kill
+    for name in sorted(name for name in os.listdir(folder) if re.fullmatch(r"outputs\.\d+\.jsonl", name)):
+        path, differs = os.path.join(folder, name), []
+        with open(path, encoding="utf-8", errors="replace") as f:
+            lines = f.read().split("\n")[:-1]           # what follows the last newline was cut short by a kill
+        for n, line in enumerate(lines, 1):
             try:
-                lines = [json.loads(line) for line in lines]
-                differs = [key for key in settings if lines and lines[0].get(key) != settings[key]]
-                outputs |= {line["id"]: line["output"] for line in lines[1:]}
+                record = json.loads(line)
+                if n == 1:
+                    differs = [key for key in settings if record.get(key) != settings[key]]
+                else:
+                    outputs[record["id"]] = record["output"]
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise DataError(f"{path} is damaged; remove it, and its items are asked again.") from None
-            if differs:
-                raise DataError(f"{path} was made with other settings ({', '.join(differs)} differ{'s' * (len(differs) == 1)}); "
-                                "choose another --out, or remove the file to start anew.")
+                raise DataError(f"{path}, line {n}, is damaged; remove it{' and the rest' * (n == 1)}, to ask again.") from None
+        if differs:
+            raise DataError(f"{path} was made with other settings ({', '.join(differs)} differ{'s' * (len(differs) == 1)}); "
+                            "choose another --out, or remove the file to start anew.")
     return outputs
 
 
@@ -175,10 +177,9 @@ def generate_outputs(model: Transformer, renderer: Renderer, items: list[Item], 
 
 def open_log(path: str, settings: dict):
     """The file to append to, without a torn last line, its first line the settings."""
-    log = open(path, "ab+")
-    log.seek(0)
-    log.truncate(log.read().rfind(b"\n") + 1)
-    log.close()
+    with open(path, "ab+") as log:
+        log.seek(0)
+        log.truncate(log.read().rfind(b"\n") + 1)
     log = open(path, "a", encoding="utf-8")
     if not log.tell():
         log.write(json.dumps(settings) + "\n")

@@ -87,7 +87,7 @@ def test_other_settings_are_refused(speech, alone, tmp_path):
     with pytest.raises(DataError, match="model, prompts differ"):
         read_outputs(str(tmp_path), {"model": "c", "prompts": "d"})
     (tmp_path / "outputs.0.jsonl").write_text('{"model": "a", "prompts": "b"}\nnull\n')
-    with pytest.raises(DataError, match="outputs.0.jsonl is damaged"):
+    with pytest.raises(DataError, match="outputs.0.jsonl, line 2, is damaged"):
         ask({"model": "a", "prompts": "b"})
     (tmp_path / "outputs.0.jsonl").write_text('{"model": "a"')          # torn in its first line: as if never begun
     assert ask({"model": "a", "prompts": "b"}) == alone
