@@ -6,7 +6,8 @@
     python eval.py loss --model DIR --data held_out.json [--labels DIR] --out OUT  # mean loss by group of tokens
 
 Writes OUT/summary.json and, for a benchmark, OUT/verdicts.jsonl: a line an asked item, with the reason. Outputs are kept in
-OUT/outputs.*.jsonl as they come, so that the same command takes up a run where it was stopped. Under torchrun the ranks share the items.
+OUT/outputs.*.jsonl as they come, so that the same command takes up a run where it was stopped. Under torchrun the ranks share
+the items.
 """
 import hashlib
 import html
@@ -23,9 +24,10 @@ import tokenizers
 import torch
 from tqdm import tqdm
 
-from data import (DataError, Dataset, Message, Renderer, load_labels, option, parse_options, read_records, run_script, toy_samples)
-from model import (CheckpointError, Transformer, checkpoint_files, generate, init_distributed, mixed_precision, rank_and_world,
-                   resolve, write_json)
+from data import (DataError, Dataset, Message, Renderer, load_labels, option, parse_options, read_records, run_script,
+                  toy_samples)
+from model import (CheckpointError, Transformer, barrier, checkpoint_files, generate, init_distributed, mixed_precision,
+                   rank_and_world, resolve, write_json)
 from shad import classify, token_losses
 
 
@@ -39,8 +41,8 @@ class Options:
     categories: list = option([], "ask these categories of the benchmark only")
     limit: int = option(0, "ask the first so many items of each category; 0: all")
     max_new_tokens: int = option(0, "longest output in tokens; 0: the benchmark's own")
-    max_length: int = option(0, "longest sequence in tokens, output included; a prompt without room counts as wrong, a sample of loss is "
-                                "dropped; 0: the model's context, 2048 for loss")
+    max_length: int = option(0, "longest sequence in tokens, output included; a prompt without room counts as wrong, a sample "
+                                "of loss is dropped; 0: the model's context, 2048 for loss")
     cache_tokens: int = option(16384, "tokens that the KV cache holds: sequences generated together times their length")
     labels: str = option(None, "labels of shad.py for the same data (loss)")
     count: int = option(200, "toy samples of each kind, held-in and held-out")
@@ -119,7 +121,7 @@ def speaker(model: Transformer, renderer: Renderer, max_new_tokens: int, max_len
 
 
 def read_outputs(folder: str, settings: dict) -> dict[str, str | None]:
-    """{item id: output} of all OUT/outputs.RANK.jsonl: a first line of settings, then {"id", "output"} lines, the last perhaps torn.
+    """{item id: output} of all OUT/outputs.RANK.jsonl: a line of settings, then {"id", "output"} lines, the last perhaps torn.
 
     Raises DataError, naming what differs, where a file was begun with other settings.
     """
@@ -156,7 +158,8 @@ def generate_outputs(model: Transformer, renderer: Renderer, items: list[Item], 
         done = read_outputs(folder, settings)
         barrier()                                       # every rank has read before any writes
         log = open_log(os.path.join(folder, f"outputs.{rank}.jsonl"), settings)
-    mine = sorted((item for item in items if item.id not in done), key=lambda item: sum(len(m.text) for m in item.messages))[rank::world]
+    todo = [item for item in items if item.id not in done]
+    mine = sorted(todo, key=lambda item: sum(len(m.text) for m in item.messages))[rank::world]     # a fair share of the long ones
     bar = tqdm(total=len(mine), desc="generate", unit="item", disable=rank_and_world()[0] > 0)
 
     def finished(i, text):
@@ -185,11 +188,6 @@ def open_log(path: str, settings: dict):
         log.write(json.dumps(settings) + "\n")
         log.flush()
     return log
-
-
-def barrier():
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def read_predictions(path: str) -> dict[str, str]:
