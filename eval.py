@@ -179,7 +179,8 @@ def generate_outputs(model: Transformer, renderer: Renderer, items: list[Item], 
         done = read_outputs(folder, settings)
         barrier()                                       # every rank has read before any writes
         log = open_log(os.path.join(folder, f"outputs.{rank}.jsonl"), settings)
-    mine = sorted((item for item in items if item.id not in done), key=lambda item: sum(len(m.text) for m in item.messages))[rank::world]
+    todo = [item for item in items if item.id not in done]
+    mine = sorted(todo, key=lambda item: sum(len(m.text) for m in item.messages))[rank::world]     # a fair share of the long ones
     bar = tqdm(total=len(mine), desc="generate", unit="item", disable=rank_and_world()[0] > 0)
 
     def finished(i, text):

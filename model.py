@@ -688,7 +688,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
             tokens = torch.tensor([prompts[i] + [0] * (width - len(prompts[i])) for i in alive[first:]], device=device)
             cache.place(first, len(alive))
             x.append(model.hidden(tokens, cache=cache)[torch.arange(len(ends), device=device), ends])
-        logits = (model.head @ torch.cat(x).T).T.float()                                # (rows, V)
+        logits = F.linear(torch.cat(x), model.head).float()                             # (rows, V)
         new = logits.argmax(-1) if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(1)
         new = new.tolist()
         for row in reversed(range(len(alive))):         # from the last, so that the row that fills a gap has been seen
