@@ -151,9 +151,11 @@ def train(model: Transformer, dataset: Dataset, labels, o: Options) -> list[dict
     metrics, log = [], None
     if rank == 0:
         os.makedirs(o.out, exist_ok=True)
-        metrics = read_metrics(o.out, first)
-        log = open(os.path.join(o.out, "metrics.jsonl"), "w", encoding="utf-8")
-        log.writelines(json.dumps(m) + "\n" for m in metrics)
+        metrics, path = read_metrics(o.out, first), os.path.join(o.out, "metrics.jsonl")
+        with open(path + ".tmp", "w", encoding="utf-8") as f:                                   # never half a file, even if killed here
+            f.writelines(json.dumps(m) + "\n" for m in metrics)
+        os.replace(path + ".tmp", path)
+        log = open(path, "a", encoding="utf-8")
 
     told_to_stop = threading.Event()                        # by SIGTERM: how schedulers announce that the machine is taken away
     if threading.current_thread() is threading.main_thread():
