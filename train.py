@@ -279,9 +279,11 @@ def load_checkpoint(out: str, model, optimizer, run: dict) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """The innermost cause of an error, in one line."""
-    while isinstance(error, dcp.api.CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+    """The first cause of an error, in one line."""
+    cause = error
+    while cause:                                            # failures: {rank: (its error, its stack)}
+        error, failures = cause, getattr(cause, "failures", None)
+        cause = next(iter(failures.values()))[0] if failures else None if cause.__suppress_context__ else cause.__context__
     return (str(error) or type(error).__name__).strip().split("\n")[0]
 
 
