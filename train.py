@@ -257,7 +257,10 @@ def load_checkpoint(out: str, model, optimizer, run: dict) -> int:
     path = os.path.join(root, names[-1])
     try:
         with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
-            saved = json.load(f)
+            try:
+                saved = json.load(f)
+            except ValueError as e:
+                raise OSError(f"state.json is not JSON: {e}") from None
         short = [name for name, size in saved["files"].items() if os.path.getsize(os.path.join(path, name)) != size]
         if short:
             raise OSError(f"{short[0]} is cut short")
