@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 
@@ -211,6 +212,9 @@ def train(model: Transformer, dataset: Dataset, labels, o: Options) -> list[dict
 # shard; any number of ranks can read it. Whatever ends a run, a directory of that name is whole: it is renamed when it is.
 
 MAY_CHANGE = {"model", "data", "out", "labels", "micro_tokens", "checkpoint_every", "keep", "resume", "shard", "recompute", "compile"}
+
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")      # said at every checkpoint of a single process
 
 
 def training_state(model, optimizer) -> dict[str, torch.Tensor]:
