@@ -145,6 +145,8 @@ def run(o: Options, dataset: Dataset, model: Transformer) -> np.ndarray:
             differs = [key for key, value in json.load(f).items() if settings.get(key) != value]
         if differs:
             raise DataError(f"{parts} was left by an unfinished run with another {' and '.join(differs)}; remove it, or choose another --out.")
+    elif rank == 0:
+        shutil.rmtree(parts, ignore_errors=True)                # killed while it was removed
     barrier()
     if rank == 0:
         os.makedirs(parts, exist_ok=True)
