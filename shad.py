@@ -170,7 +170,6 @@ def run(o: Options, dataset: Dataset, model: Transformer) -> np.ndarray:
     clock.append(time.perf_counter())
     if rank == 0:
         difference = loss_difference(tuned_losses, base_losses)                     # 3. classify
-        save_labels(o.out, difference, dataset, o.model, o.threshold, o.seed)
         drawn = {sample.id for sample in shuffled_samples}
         others = np.repeat([sample.id not in drawn for sample in dataset.samples], dataset.outputs)
         summary = summarize(difference, base_losses, tuned_losses, others, dataset.true_roles(), o.threshold)
@@ -179,6 +178,7 @@ def run(o: Options, dataset: Dataset, model: Transformer) -> np.ndarray:
         write_json(os.path.join(o.out, "summary.json"), summary)
         write_page(os.path.join(o.out, "labels.html"), "SHAD: reasoning and boilerplate tokens",
                    picture(dataset, difference, base_losses, tuned_losses, o.threshold, summary))
+        save_labels(o.out, difference, dataset, o.model, o.threshold, o.seed)          # last: their presence says that all is there
         shutil.rmtree(parts)
         print(describe(summary))
     barrier()                                                                       # the other ranks read what rank 0 wrote
