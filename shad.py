@@ -87,6 +87,8 @@ def token_losses(model: Transformer, dataset: Dataset, micro_tokens: int, title:
                 os.replace(file(p) + ".tmp", file(p))
             else:
                 losses[dataset.offsets[parts[p][0]]:dataset.offsets[parts[p][-1] + 1]] = done
+    if hasattr(model, "reshard"):                       # FSDP's root stays whole until a backward, and an optimizer made now
+        model.reshard()                                 # would hold copies of its parameters, not the shards
     if directory:
         barrier()
         return np.concatenate([np.load(file(p)) for p in range(len(parts))]) if rank == 0 else None
