@@ -23,7 +23,6 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
-from safetensors.numpy import save
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
@@ -637,9 +636,17 @@ def micro_batches(batch, lengths, micro_tokens: int, rank: int = 0, world: int =
 def save_labels(directory: str, loss_difference: np.ndarray, dataset: Dataset, base_model: str, threshold: float, seed: int) -> None:
     """Write labels.safetensors: loss_difference (output tokens,) float32 in data order, offsets (samples + 1,) int64."""
     metadata = dataset.fingerprint | {"base_model": base_model, "threshold": str(threshold), "seed": str(seed)}
+    arrays = {"offsets": dataset.offsets.astype(np.int64), "loss_difference": loss_difference.astype(np.float32)}
+    header, end = {"__metadata__": metadata}, 0                 # by hand: safetensors' own `save` shuffles the metadata
+    for dtype, (name, array) in zip(("I64", "F32"), arrays.items()):
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
+        end += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     path = os.path.join(directory, "labels.safetensors")
     with open(path + ".tmp", "wb") as f:
-        f.write(save({"loss_difference": loss_difference.astype(np.float32), "offsets": dataset.offsets.astype(np.int64)}, metadata))
+        for piece in (len(text).to_bytes(8, "little"), text, *arrays.values()):
+            f.write(piece)
     os.replace(path + ".tmp", path)
 
 

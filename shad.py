@@ -87,6 +87,8 @@ def token_losses(model: Transformer, dataset: Dataset, micro_tokens: int, title:
                 os.replace(file(p) + ".tmp", file(p))
             else:
                 losses[dataset.offsets[parts[p][0]]:dataset.offsets[parts[p][-1] + 1]] = done
+    if hasattr(model, "reshard"):                       # FSDP's root stays whole until a backward, and an optimizer made now
+        model.reshard()                                 # would hold copies of its parameters, not the shards
     if directory:
         barrier()
         return np.concatenate([np.load(file(p)) for p in range(len(parts))]) if rank == 0 else None
@@ -145,6 +147,8 @@ def run(o: Options, dataset: Dataset, model: Transformer) -> np.ndarray:
             differs = [key for key, value in json.load(f).items() if settings.get(key) != value]
         if differs:
             raise DataError(f"{parts} was left by an unfinished run with another {' and '.join(differs)}; remove it, or choose another --out.")
+    elif rank == 0:
+        shutil.rmtree(parts, ignore_errors=True)                # killed while it was removed
     barrier()
     if rank == 0:
         os.makedirs(parts, exist_ok=True)
@@ -168,7 +172,6 @@ def run(o: Options, dataset: Dataset, model: Transformer) -> np.ndarray:
     clock.append(time.perf_counter())
     if rank == 0:
         difference = loss_difference(tuned_losses, base_losses)                     # 3. classify
-        save_labels(o.out, difference, dataset, o.model, o.threshold, o.seed)
         drawn = {sample.id for sample in shuffled_samples}
         others = np.repeat([sample.id not in drawn for sample in dataset.samples], dataset.outputs)
         summary = summarize(difference, base_losses, tuned_losses, others, dataset.true_roles(), o.threshold)
@@ -177,6 +180,7 @@ def run(o: Options, dataset: Dataset, model: Transformer) -> np.ndarray:
         write_json(os.path.join(o.out, "summary.json"), summary)
         write_page(os.path.join(o.out, "labels.html"), "SHAD: reasoning and boilerplate tokens",
                    picture(dataset, difference, base_losses, tuned_losses, o.threshold, summary))
+        save_labels(o.out, difference, dataset, o.model, o.threshold, o.seed)          # last: their presence says that all is there
         shutil.rmtree(parts)
         print(describe(summary))
     barrier()                                                                       # the other ranks read what rank 0 wrote

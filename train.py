@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 
@@ -206,6 +207,9 @@ told_to_stop = threading.Event()            # by SIGTERM, with which schedulers 
 MAY_CHANGE = {"model", "data", "out", "labels", "micro_tokens", "checkpoint_every", "keep", "resume", "shard", "recompute", "compile"}
 
 
+warnings.filterwarnings("ignore", "torch.distributed is disabled")      # said at every checkpoint of a single process
+
+
 def training_state(model, optimizer) -> dict[str, torch.Tensor]:
     """Every tensor that training changes. AdamW makes its own at the first step; here they are made before, to be loaded into."""
     state = {"rng": torch.get_rng_state()}
@@ -250,7 +254,10 @@ def load_checkpoint(out: str, model, optimizer, run: dict) -> int:
     path = os.path.join(root, names[-1])
     try:
         with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
-            saved = json.load(f)
+            try:
+                saved = json.load(f)
+            except ValueError as e:
+                raise OSError(f"state.json is not JSON: {e}") from None
         short = [name for name, size in saved["files"].items() if os.path.getsize(os.path.join(path, name)) != size]
         if short:
             raise OSError(f"{short[0]} is cut short")
@@ -272,9 +279,11 @@ def load_checkpoint(out: str, model, optimizer, run: dict) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """The innermost cause of an error, in one line."""
-    while isinstance(error, dcp.api.CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
+    """The first cause of an error, in one line."""
+    cause = error
+    while cause:                                            # failures: {rank: (its error, its stack)}
+        error, failures = cause, getattr(cause, "failures", None)
+        cause = next(iter(failures.values()))[0] if failures else None if cause.__suppress_context__ else cause.__context__
     return (str(error) or type(error).__name__).strip().split("\n")[0]
 
 
