@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data import DataError
-from eval import (Item, best_matching, cosine, judge_instruct, lexical_trigrams, teval_items, teval_judge, teval_parse,
+from eval import (best_matching, cosine, judge_instruct, lexical_trigrams, teval_items, teval_judge, teval_parse,
                   teval_summary)
 from tiny import write
 
