@@ -700,7 +700,7 @@ def parse_options(cls, description: str, argv=None):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(cls):
         default, extra = f.default_factory(), dict(f.metadata)
-        text = extra.pop("help") + ("" if default in (None, [], False) else f" (default: {default})")
+        text = extra.pop("help") + ("" if default in (None, [], False, "") else f" (default: {default})")
         if isinstance(default, bool):
             extra["action"] = "store_true"
         elif isinstance(default, list):

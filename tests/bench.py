@@ -173,19 +173,15 @@ SHAPES = {  # hidden, intermediate, layers, heads, head_dim, tied
 
 
 def bench_memory(micro_tokens: int) -> None:
-    print(f"\nGiB on each GPU, {micro_tokens:,} tokens a micro-batch, recompute off / on")
-    for row, name in enumerate(["model", *SHAPES]):
-        cells = [name]
+    parts = ("weights", "gradients", "optimizer", "gathered", "activations", "temporaries", "head")
+    print(f"\nGiB on each GPU, {micro_tokens:,} tokens a micro-batch; of activations and total: without / with --recompute\n")
+    print("| model | GPUs | " + " | ".join(parts) + " | total |\n|" + " --- |" * (len(parts) + 3))
+    for name, (hidden, intermediate, layers, heads, head_dim, tied) in SHAPES.items():
+        config = Config(128256, hidden, intermediate, layers, heads, 8, head_dim, tie_word_embeddings=tied)
         for gpus in (1, 8, 64):
-            if row:
-                hidden, intermediate, layers, heads, head_dim, tied = SHAPES[name]
-                config = Config(128256, hidden, intermediate, layers, heads, 8, head_dim, tie_word_embeddings=tied)
-                off, on = (memory_per_gpu(config, gpus, micro_tokens, recompute) for recompute in (False, True))
-                state = sum(off[part] for part in ("weights", "gradients", "optimizer"))
-                cells += [f"{sum(off.values()) / 2**30:.1f} / {sum(on.values()) / 2**30:.1f} (state {state / 2**30:.1f})"]
-            else:
-                cells += [f"{gpus} GPU{'s' * (gpus > 1)}"]
-        print("| " + " | ".join(cells) + " |" + ("" if row else "\n|" + " --- |" * len(cells)))
+            off, on = (memory_per_gpu(config, gpus, micro_tokens, recompute) for recompute in (False, True))
+            cells = [f"{off[p] / 2**30:.1f}" + (f" / {on[p] / 2**30:.1f}" if off[p] != on[p] else "") for p in parts]
+            print(f"| {name} | {gpus} | " + " | ".join(cells) + f" | {sum(off.values()) / 2**30:.0f} / {sum(on.values()) / 2**30:.0f} |")
 
 
 # -----------------------------------------------------------------------------------------------------------------
