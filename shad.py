@@ -67,10 +67,11 @@ def token_losses(model: Transformer, dataset: Dataset, micro_tokens: int, title:
     sum_over_ranks(exists)
     todo = np.flatnonzero(exists.cpu().numpy() == 0)
     losses = np.zeros(0 if directory else dataset.offsets[-1], np.float32)
-    bar = tqdm(total=len(parts), initial=len(parts) - len(todo), desc=title, unit="part", disable=rank > 0)
+    tokens_of = lambda samples: int(dataset.lengths[samples].sum())
+    bar = tqdm(total=int(ends[-1]), initial=int(ends[-1]) - sum(tokens_of(parts[p]) for p in todo), desc=title, unit="token",
+               unit_scale=True, disable=rank > 0)
     for first in range(0, len(todo), world):
         plans = [micro_batches(parts[p], dataset.lengths, micro_tokens) for p in todo[first:first + world]]
-        bar.update(len(plans))
         plans += [[]] * (world - len(plans))
         each = {}
         for k in range(max(map(len, plans))):           # as many forwards on every rank, since sharded ranks work together
@@ -79,6 +80,7 @@ def token_losses(model: Transformer, dataset: Dataset, micro_tokens: int, title:
             with torch.no_grad(), mixed_precision(device):
                 rows = model(tokens, targets)                                                   # (B, T)
             each |= {i: row[target != -100].cpu() for i, row, target in zip(indices, rows, targets)}
+            bar.update(sum(tokens_of(plan[k]) for plan in plans if k < len(plan)))
         if each:
             p, done = todo[first + rank], torch.cat([each[i] for i in sorted(each)]).numpy()
             if directory:
@@ -87,6 +89,7 @@ def token_losses(model: Transformer, dataset: Dataset, micro_tokens: int, title:
                 os.replace(file(p) + ".tmp", file(p))
             else:
                 losses[dataset.offsets[parts[p][0]]:dataset.offsets[parts[p][-1] + 1]] = done
+    bar.close()
     if hasattr(model, "reshard"):                       # FSDP's root stays whole until a backward, and an optimizer made now
         model.reshard()                                 # would hold copies of its parameters, not the shards
     if directory:
