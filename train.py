@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -205,9 +206,12 @@ def train(model: Transformer, dataset: Dataset, labels, o: Options) -> list[dict
 
 told_to_stop = threading.Event()            # by SIGTERM, with which schedulers announce that they take the machine away
 MAY_CHANGE = {"model", "data", "out", "labels", "micro_tokens", "checkpoint_every", "keep", "resume", "shard", "recompute", "compile"}
-
-
 warnings.filterwarnings("ignore", "torch.distributed is disabled")      # said at every checkpoint of a single process
+
+
+def checkpoints(root: str) -> list[str]:
+    """The names of the whole checkpoints in a directory, oldest first."""
+    return sorted(name for name in os.listdir(root) if re.fullmatch(r"step-\d+", name)) if os.path.isdir(root) else []
 
 
 def training_state(model, optimizer) -> dict[str, torch.Tensor]:
@@ -234,7 +238,7 @@ def save_checkpoint(out: str, step: int, model, optimizer, run: dict, keep: int)
             sizes = {name: os.path.getsize(os.path.join(aside, name)) for name in sorted(os.listdir(aside))}
             write_json(os.path.join(aside, "state.json"), {"step": step, "run": run, "files": sizes})
             os.rename(aside, aside.removesuffix(".tmp"))
-            for old in sorted(name for name in os.listdir(root) if name.startswith("step-") and not name.endswith(".tmp"))[:-keep]:
+            for old in checkpoints(root)[:-keep]:
                 shutil.rmtree(os.path.join(root, old))
     except (dcp.api.CheckpointException, OSError, RuntimeError) as e:
         if rank == 0:
@@ -246,7 +250,7 @@ def save_checkpoint(out: str, step: int, model, optimizer, run: dict, keep: int)
 def load_checkpoint(out: str, model, optimizer, run: dict) -> int:
     """Load the newest checkpoint of `out` in place; the number of steps done, 0 where there is none. Raises CheckpointError."""
     root, (rank, _) = os.path.join(out, "checkpoints"), rank_and_world()
-    names = sorted(name for name in os.listdir(root) if name.startswith("step-") and not name.endswith(".tmp")) if os.path.isdir(root) else []
+    names = checkpoints(root)
     if not names:
         if rank == 0:
             print(f"{out} holds no checkpoint: starting from the beginning")
