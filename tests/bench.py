@@ -137,7 +137,12 @@ def trainer(kind: str, path: str, data: list, batch_tokens: int, max_length: int
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        pipe.send((time.perf_counter() - start, loss.item(), memory("VmHWM")))
+        trained, peak = time.perf_counter() - start, memory("VmHWM")
+        start = time.perf_counter()
+        if kind == "ours":
+            with torch.no_grad():
+                model(tokens, targets)
+        pipe.send((trained, loss.item(), peak, time.perf_counter() - start))
 
 
 def bench_train(path: str, data: list, steps: int, batch_tokens: int, max_length: int) -> None:
@@ -154,7 +159,7 @@ def bench_train(path: str, data: list, steps: int, batch_tokens: int, max_length
     for kind in results:
         pipes[kind].send(None)
     tokens = [int(dataset.lengths[b].sum()) for b in batches]
-    rate = {k: sum(tokens[1:]) / sum(t for t, _, _ in r[1:]) for k, r in results.items()}
+    rate = {k: sum(tokens[1:]) / sum(x[0] for x in r[1:]) for k, r in results.items()}
     peak = {k: r[-1][2] for k, r in results.items()}
     apart = max(abs(a[1] - b[1]) for a, b in zip(*results.values()))
     print(f"\ntrain, {len(batches) - 1} steps of about {batch_tokens} tokens (first step left out), losses at most {apart:.1e} apart")
@@ -162,6 +167,8 @@ def bench_train(path: str, data: list, steps: int, batch_tokens: int, max_length
         each = [n / r[0] for n, r in zip(tokens[1:], results[k][1:])]
         print(f"  {k:14} {rate[k]:7.1f} tokens/s ({min(each):.0f} to {max(each):.0f})   peak {peak[k]:6.0f} MiB   "
               f"{rate[k] / rate['transformers']:.2f} x the tokens/s, {peak[k] / peak['transformers']:.2f} x the memory of transformers")
+    label, train_time = sum(x[3] for x in results["ours"][1:]), sum(x[0] for x in results["ours"][1:])
+    print(f"  our label pass {sum(tokens[1:]) / label:7.1f} tokens/s; SHAD's two take {2 * label / train_time:.0%} of the time of one epoch of training")
 
 
 # -----------------------------------------------------------------------------------------------------------------
