@@ -239,8 +239,12 @@ class Transformer(nn.Module):
         return fused_cross_entropy(x.flatten(0, 1), self.head, targets.flatten()).view_as(targets)
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str, dtype=torch.float32, device="cpu") -> "Transformer":
-        """Load a HF directory (single file, or shards + index) or a hub id. Raises CheckpointError, naming the file."""
+    def from_pretrained(cls, path_or_hub_id: str, dtype=torch.float32, device="cpu", sharded=False) -> "Transformer":
+        """Load a HF directory (single file, or shards + index) or a hub id. Raises CheckpointError, naming the file.
+
+        Each parameter is read and converted by itself, and of a sharded model only this rank's rows of it: no rank ever
+        holds more than its share of the model and one tensor.
+        """
         path = resolve(path_or_hub_id)
         try:
             with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
@@ -249,53 +253,74 @@ class Transformer(nn.Module):
             raise CheckpointError(f"{path}/config.json, line {e.lineno}, is not JSON ({e.msg}); copy it again.") from None
         except CheckpointError as e:
             raise CheckpointError(f"{path}: {e}") from None
-        with torch.device("meta"):
-            model = cls(config)
-        expected, state = model.state_dict(), {}
+        with torch.device("meta"):                  # shapes without storage
+            model = cls(config).to(dtype)
+        if sharded:
+            shard(model, device)
+        model.to_empty(device=device)
+        parameters, missing = dict(model.named_parameters()), {name: None for name, _ in model.named_parameters()}
         for file in checkpoint_files(path):
             try:
                 with safe_open(file, framework="pt") as f:
                     for name in f.keys():
                         if name == "lm_head.weight" and config.tie_word_embeddings or name.endswith("rotary_emb.inv_freq"):
                             continue                # some exporters write these copies; they are never read
-                        if name not in expected:
+                        if name not in parameters:
                             raise CheckpointError(f"{file} holds {name}, which a {config.model_type} model does not have.")
-                        tensor = f.get_tensor(name)
-                        if tensor.shape != expected[name].shape:
-                            raise CheckpointError(f"{file}: {name} has shape {tuple(tensor.shape)}, "
-                                                  f"config.json asks for {tuple(expected[name].shape)}.")
-                        state[name] = tensor.to(device, dtype, copy=True)
+                        p, stored = parameters[name], f.get_slice(name)
+                        if tuple(stored.get_shape()) != p.shape:
+                            raise CheckpointError(f"{file}: {name} has shape {tuple(stored.get_shape())}, "
+                                                  f"config.json asks for {tuple(p.shape)}.")
+                        local, start = own_rows(p)
+                        if len(local):
+                            local.copy_(stored[start:start + len(local)])
+                        missing.pop(name, None)
             except CheckpointError:
                 raise
             except Exception as e:                  # safetensors raises its own type, OSError and others
                 raise CheckpointError(f"{file} cannot be read ({e}); it may be cut short: copy it again.") from None
-        missing = [name for name in expected if name not in state]
         if missing:
-            raise CheckpointError(f"{path} lacks {len(missing)} parameters, the first {missing[0]}.")
-        model.load_state_dict(state, assign=True)
+            raise CheckpointError(f"{path} lacks {len(missing)} parameters, the first {next(iter(missing))}.")
         return model
 
     @torch.no_grad()
-    def save_pretrained(self, path: str, max_shard_bytes: int = 5 * 2**30) -> None:
-        """Write config.json and model.safetensors (or shards + index) to the directory `path`, each file by rename."""
-        os.makedirs(path, exist_ok=True)
-        shards, sizes = [{}], [0]
-        for name, p in self.state_dict().items():
-            if sizes[-1] and sizes[-1] + p.nbytes > max_shard_bytes:
-                shards.append({}), sizes.append(0)
-            shards[-1][name] = p.contiguous().cpu()
-            sizes[-1] += p.nbytes
-        names = ["model.safetensors"] if len(shards) == 1 else [
-            f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        for shard, name in zip(shards, names):
-            save_file(shard, os.path.join(path, name + ".tmp"), metadata={"format": "pt"})
-            os.chmod(os.path.join(path, name + ".tmp"), 0o644)      # safetensors makes it readable by its owner alone
-            os.replace(os.path.join(path, name + ".tmp"), os.path.join(path, name))
-        if len(shards) > 1:
-            write_json(os.path.join(path, "model.safetensors.index.json"), {
-                "metadata": {"total_size": sum(sizes)},
-                "weight_map": {key: name for shard, name in zip(shards, names) for key in shard}})
-        write_json(os.path.join(path, "config.json"), self.config.to_hf(next(self.parameters()).dtype))
+    def save_pretrained(self, path: str, dtype=None, max_shard_bytes: int = 5 * 2**30) -> None:
+        """Write config.json and model.safetensors (or shards + index) to the directory `path`, each file by rename.
+
+        dtype: of the files, by default the parameters' own. Rank 0 alone writes and holds one file's tensors at a time; where
+        the model is sharded all ranks must call this, and gather one parameter after another.
+        """
+        rank, _ = rank_and_world()
+        dtype = dtype or next(self.parameters()).dtype
+        files, size = [[]], 0                       # the parameters of each file
+        for name, p in self.named_parameters():
+            if size and size + p.numel() * dtype.itemsize > max_shard_bytes:
+                files.append([])
+                size = 0
+            files[-1].append((name, p))
+            size += p.numel() * dtype.itemsize
+        if rank == 0:
+            os.makedirs(path, exist_ok=True)
+        weight_map = {}
+        for i, parameters in enumerate(files):
+            file = "model.safetensors" if len(files) == 1 else f"model-{i + 1:05}-of-{len(files):05}.safetensors"
+            tensors = {}
+            for name, p in parameters:
+                full = whole(p)                     # every rank takes part, and all but rank 0 let go of it at once
+                if rank == 0:
+                    tensors[name] = full.detach().to("cpu", dtype).contiguous()
+                    weight_map[name] = file
+            if rank == 0:
+                file = os.path.join(path, file)
+                save_file(tensors, file + ".tmp", metadata={"format": "pt"})
+                os.chmod(file + ".tmp", 0o644)      # safetensors makes it readable by its owner alone
+                os.replace(file + ".tmp", file)
+        if rank == 0:
+            if len(files) > 1:
+                size = sum(p.numel() for p in self.parameters()) * dtype.itemsize
+                write_json(os.path.join(path, "model.safetensors.index.json"),
+                           {"metadata": {"total_size": size}, "weight_map": weight_map})
+            write_json(os.path.join(path, "config.json"), self.config.to_hf(dtype))
 
 
 def resolve(path_or_hub_id: str) -> str:
@@ -417,7 +442,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# Data parallel: every rank holds the model and works on its share of a batch; sums over ranks make it one batch
+# Many processes: every rank works on its share of a batch, and sums over ranks make it one batch. A rank holds the whole
+# model, or, of a sharded one (FSDP2), a block of rows of every parameter, its gradient and its optimizer state.
 
 def init_distributed() -> torch.device:
     """Start torch.distributed where torchrun started us; the device of this process."""
@@ -443,15 +469,79 @@ def sum_over_ranks(*tensors: torch.Tensor) -> None:
             dist.all_reduce(tensor)
 
 
+def shard(model: Transformer, device) -> Transformer:
+    """Split every parameter by rows over all ranks, in place; a block's are whole only while it computes. Nothing on one rank.
+
+    A forward and a backward gather parameters, so all ranks must run the same number of them: one with nothing left to do runs
+    a batch whose targets are all -100. The root's own parameters (embedding, last norm, head) stay whole from the start
+    of forward to the end of backward. On CUDA they are gathered in bf16, so that autocast has nothing to cast; gradients are
+    reduced in float32.
+    """
+    from torch.distributed.device_mesh import init_device_mesh      # imported here: they take a second
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    device = torch.device(device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        bf16 = device.type == "cuda"
+        options = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+                   "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32,
+                                                     cast_forward_inputs=False)}        # cos and sin stay float32
+        for block in model.model.layers:
+            fully_shard(block, **options)
+        fully_shard(model, **options)
+    return model
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Is it a DTensor, as the parameters and gradients of a sharded model are?"""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be sharded; then every rank must call this."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """This rank's rows of a tensor that may be sharded, and the number of the first: torch.chunk's cut, the last ones shorter."""
+    if not is_sharded(tensor):
+        return tensor.detach(), 0
+    rank, world = rank_and_world()
+    start = min(rank * math.ceil(len(tensor) / world), len(tensor))
+    return tensor.to_local().detach(), start
+
+
+BUCKET = 16 * 2**20         # gradients of one message, in numbers
+
+
+@torch.no_grad()
 def sum_gradients(model: nn.Module) -> None:
     """The gradients of the global batch: each rank's share summed. A rank with nothing to score takes part with zeros."""
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    sum_over_ranks(*(p.grad for p in model.parameters()))
+    grads, (_, world) = [p.grad for p in model.parameters()], rank_and_world()
+    if is_sharded(grads[0]):
+        for grad in grads:
+            grad.mul_(world)                        # backward has reduced them already, to FSDP's mean over ranks
+    elif world > 1:
+        while grads:                                # a message for many small gradients
+            bucket, size = [], 0
+            while grads and (not bucket or size + grads[0].numel() <= BUCKET):
+                bucket.append(grads.pop(0))
+                size += bucket[-1].numel()
+            flat = torch.cat([grad.flatten() for grad in bucket])
+            dist.all_reduce(flat)
+            for grad, summed in zip(bucket, flat.split([grad.numel() for grad in bucket])):
+                grad.copy_(summed.view_as(grad))
+
+
+def clip_gradients(model: nn.Module, largest: float) -> float:
+    """Scale the gradients down to a global norm of `largest` if it is above; returns the norm before."""
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest)).item()
 
 
 def mixed_precision(device: torch.device):
-    """bf16 matrix products on CUDA, float32 on CPUs (where bf16 is slower); weights and losses stay float32."""
+    """bf16 matrix products on CUDA, float32 on CPUs (where bf16 is slower). Losses stay float32, and so do the weights that the
+    optimizer sees, sharded or not."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 

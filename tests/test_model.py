@@ -88,7 +88,7 @@ def test_losses_are_those_of_transformers(theirs):
 @pytest.mark.parametrize("max_shard_bytes", [5 * 2**30, 50_000], ids=["one file", "shards"])
 def test_saved_model_loads_in_transformers_and_here(theirs, tmp_path, max_shard_bytes):
     path, model = theirs
-    Transformer.from_pretrained(path).save_pretrained(str(tmp_path), max_shard_bytes)
+    Transformer.from_pretrained(path).save_pretrained(str(tmp_path), max_shard_bytes=max_shard_bytes)
     files = [f for f in os.listdir(tmp_path) if f.endswith(".safetensors")]
     if max_shard_bytes < 2**30:
         assert len(files) > 2 and all(os.path.getsize(tmp_path / f) < 60_000 for f in files)
