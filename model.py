@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class CheckpointError(ValueError):
@@ -124,13 +125,19 @@ def rope_frequencies(config: Config, device=None) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate (B, n_head, T, head_dim) by its positions' angles; cos, sin: (B or 1, 1, T, head_dim/2) float32."""
+    """Rotate (B, T, n_head, head_dim) by its positions' angles; cos, sin: (B or 1, T, 1, head_dim/2) float32."""
     x1, x2 = x.float().chunk(2, dim=-1)             # the two halves of a head, not its odd and even entries
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # The transformer
+
+def remake(f, *inputs):
+    """f(*inputs), of which backward remembers the inputs alone and computes the rest again. Recomputing ends at the last tensor
+    that backward asks for, so a matrix product in the last place is not repeated."""
+    return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else f(*inputs)
+
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
@@ -139,7 +146,29 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)
+        if x.is_cuda:                               # torch's own is one kernel there; on CPUs its backward remembers three times x
+            return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = n * weight with n = x / sqrt(mean(x^2) + eps), in float32 or wider; backward remembers x and a number a row."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = (torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).type_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        n, grad = x * scale, grad.to(scale.dtype)
+        along = grad * n
+        grad_weight = along.flatten(0, -2).sum(0).type_as(weight)
+        along = along.mul_(weight).mean(-1, keepdim=True)           # what changes the row's length only is projected out
+        return (grad * weight).addcmul_(n, along, value=-1).mul_(scale).type_as(x), grad_weight, None
 
 
 class Attention(nn.Module):
@@ -156,15 +185,15 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, cache=None):
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, n_head, T, head_dim)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)               # (B, n_kv_head, T, head_dim)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = rotate(self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)), cos, sin)    # (B, T, n_head, head_dim)
+        k = rotate(self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)), cos, sin)    # (B, T, n_kv_head, head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)                                   # (B, T, n_kv_head, head_dim)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))                                   # (B, n, T, head_dim)
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(self, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.gqa)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                        # (B, T, hidden)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                            # (B, T, hidden)
 
 
 class MLP(nn.Module):
@@ -175,7 +204,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return remake(lambda gate, up: self.down_proj(F.silu(gate) * up), self.gate_proj(x), self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -186,7 +215,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin, cache=None, recompute=False):
+        return remake(self.compute, x, cos, sin, cache) if recompute else self.compute(x, cos, sin, cache)
+
+    def compute(self, x, cos, sin, cache):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -195,6 +227,7 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         c = self.config = config
+        self.recompute = False                      # True: keep a block's input only, and compute the block again in backward
         self.model = nn.ModuleDict({                # "model." is the prefix of HF's parameter names
             "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
             "layers": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
@@ -219,11 +252,11 @@ class Transformer(nn.Module):
             if self.config.sliding_window and tokens.shape[1] > self.config.sliding_window:
                 raise CheckpointError(f"a sequence of {tokens.shape[1]} tokens is longer than this checkpoint's sliding window "
                                       f"of {self.config.sliding_window}, which is not implemented; lower --max-length.")
-        angle = positions[:, None, :, None] * rope_frequencies(self.config, tokens.device)  # (B or 1, 1, T, head_dim/2)
+        angle = positions[:, :, None, None] * rope_frequencies(self.config, tokens.device)  # (B or 1, T, 1, head_dim/2)
         cos, sin = angle.cos(), angle.sin()
         x = self.model.embed_tokens(tokens)                                                 # (B, T, H)
         for block in self.model.layers:
-            x = block(x, cos, sin, cache)
+            x = block(x, cos, sin, cache, self.recompute)
         return self.model.norm(x)
 
     def forward(self, tokens, targets=None):
