@@ -578,6 +578,34 @@ def mixed_precision(device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
+def memory_per_gpu(config: Config, gpus: int, micro_tokens: int, recompute=False, device="cuda") -> dict[str, int]:
+    """Bytes that a training step takes on each of `gpus`, by part; CUDA's own (about 1 GiB) and an allocator's slack come on top.
+
+    More than one GPU: sharded, float32 masters, bf16 compute. One: bf16 autocast on "cuda", float32 on "cpu". AdamW; attention
+    that never holds its scores (SDPA's flash kernel).
+    """
+    c, whole_model = config, gpus == 1
+    with torch.device("meta"):
+        model = Transformer(c)
+    total, block = (sum(p.numel() for p in part.parameters()) for part in (model, model.model.layers[0]))
+    root, head = total - c.num_hidden_layers * block, c.vocab_size * c.hidden_size
+    size = 2 if device == "cuda" else 4             # bytes of a number in matrix products
+    stream = 4 if whole_model else size             # and between the blocks: autocast leaves that in float32
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    kept = 2 * c.hidden_size + 2 * q + 2 * kv + 2 * c.intermediate_size         # two norms; q, k, v and what they give; gate, up
+    kept += (q + kv) * (c.model_type == "qwen3")                                # q and k before their norms
+    kept = kept * size + 2 * c.hidden_size * stream + 4 * c.num_attention_heads # two inputs of norms; softmax sums
+    blocks = c.num_hidden_layers * c.hidden_size * stream + kept if recompute else c.num_hidden_layers * kept
+    if whole_model:
+        gathered = (total + head) * 2 if device == "cuda" else 0                # autocast's copies; fused_cross_entropy makes its own
+    else:       # this block's weights and the next's, its gradient, that again in float32 on its way; the root's likewise
+        gathered = block * (3 * size + 4) + root * (2 * size + 4)
+    return {"weights": 4 * total // gpus, "gradients": 4 * total // gpus, "optimizer": 8 * total // gpus, "gathered": gathered,
+            "activations": micro_tokens * (blocks + c.hidden_size * (stream + size)),                   # + the last norm's
+            "temporaries": micro_tokens * 4 * c.intermediate_size * size,       # in SwiGLU's backward
+            "head": 4 * head + CHUNK_BYTES[device] * (4 + size * (size < 4)) // 4}  # its gradient's float32 sum; a chunk of logits
+
+
 # -----------------------------------------------------------------------------------------------------------------
 # Generation
 

@@ -2,6 +2,7 @@
 
     python tests/bench.py head                                   # fused_cross_entropy beside naive logits and torch's own
     python tests/bench.py train --model DIR --data train.json    # a training step beside transformers' LlamaForCausalLM
+    python tests/bench.py memory                                 # bytes per GPU that sharded training takes, estimated
     python tests/bench.py toy                                    # `python train.py` over 5 seeds: mean and spread
 
 Peak memory is the process's high-water mark above what it held before (Linux: VmHWM), each variant in a process of its own.
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import Dataset, collate, epoch_batches
-from model import Transformer, _chunk_rows, fused_cross_entropy
+from model import Config, Transformer, _chunk_rows, fused_cross_entropy, memory_per_gpu
 
 
 def memory(key: str) -> float:
@@ -154,6 +155,30 @@ def bench_train(path: str, data: list, steps: int, batch_tokens: int, max_length
 
 
 # -----------------------------------------------------------------------------------------------------------------
+# memory: GiB on each GPU, of which activations and what they need to be computed again
+
+SHAPES = {  # hidden, intermediate, layers, heads, head_dim, tied
+    "1B (Llama 3.2)": (2048, 8192, 16, 32, 64, True), "8B (Llama 3.1)": (4096, 14336, 32, 32, 128, False),
+    "70B (Llama 3.1)": (8192, 28672, 80, 64, 128, False)}
+
+
+def bench_memory(micro_tokens: int) -> None:
+    print(f"\nGiB on each GPU, {micro_tokens:,} tokens a micro-batch, recompute off / on")
+    for row, name in enumerate(["model", *SHAPES]):
+        cells = [name]
+        for gpus in (1, 8, 64):
+            if row:
+                hidden, intermediate, layers, heads, head_dim, tied = SHAPES[name]
+                config = Config(128256, hidden, intermediate, layers, heads, 8, head_dim, tie_word_embeddings=tied)
+                off, on = (memory_per_gpu(config, gpus, micro_tokens, recompute) for recompute in (False, True))
+                state = sum(off[part] for part in ("weights", "gradients", "optimizer"))
+                cells += [f"{sum(off.values()) / 2**30:.1f} / {sum(on.values()) / 2**30:.1f} (state {state / 2**30:.1f})"]
+            else:
+                cells += [f"{gpus} GPU{'s' * (gpus > 1)}"]
+        print("| " + " | ".join(cells) + " |" + ("" if row else "\n|" + " --- |" * len(cells)))
+
+
+# -----------------------------------------------------------------------------------------------------------------
 # toy: the whole reproduction, several seeds
 
 def bench_toy(seeds: int, out: str | None) -> None:
@@ -181,12 +206,13 @@ def bench_toy(seeds: int, out: str | None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["head", "train", "toy"])
+    parser.add_argument("what", choices=["head", "train", "memory", "toy"])
     parser.add_argument("--model", help="checkpoint for `train`")
     parser.add_argument("--data", nargs="+", help="data for `train`")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of `train`")
     parser.add_argument("--repeats", type=int, default=5, help="measured repeats of `head`")
     parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--micro-tokens", type=int, default=8192, help="tokens of a micro-batch of `memory`")
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", help="where `toy` keeps its runs (default: a temporary directory)")
@@ -195,5 +221,7 @@ if __name__ == "__main__":
         bench_head(a.repeats)
     elif a.what == "train":
         bench_train(a.model, a.data, a.steps, a.batch_tokens, a.max_length)
+    elif a.what == "memory":
+        bench_memory(a.micro_tokens)
     else:
         bench_toy(a.seeds, a.out)

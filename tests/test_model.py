@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from model import CheckpointError, Transformer, generate
+from model import CheckpointError, Transformer, _RMSNorm, generate, memory_per_gpu
 from tiny import make_model
 
 V = 96
@@ -233,3 +233,48 @@ def test_sampling_is_reproducible_and_follows_the_temperature():
     assert sample(1, 1e-4) == generate(model, prompts(), 12, set())         # cold: the greedy choice
     wide = lambda t: len({token for output in sample(3, t) for token in output})
     assert wide(100.0) > wide(0.1)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# What backward remembers
+
+def test_the_norm_is_exact():
+    x, weight = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True), torch.randn(8, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda x, weight: _RMSNorm.apply(x, weight, 1e-2), (x, weight))
+    torch.testing.assert_close(_RMSNorm.apply(x, weight, 1e-2), torch.nn.functional.rms_norm(x, (8,), weight, 1e-2))
+
+
+def remembered(model, tokens):
+    """Bytes of the tensors that autograd keeps of a forward, parameters aside."""
+    kept, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)           # held, so that no address is used twice
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens[:, :-1], tokens[:, 1:])
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_memory_per_gpu_counts_what_is_remembered(family):
+    model, tokens = make_model(V, hidden_size=128, intermediate_size=320, num_hidden_layers=4, model_type=family), some_tokens(8, 65)
+    expected = [memory_per_gpu(model.config, 1, 8 * 64, recompute, "cpu")["activations"] for recompute in (False, True)]
+    bytes_off = remembered(model, tokens)
+    model.recompute = True
+    bytes_on = remembered(model, tokens)
+    assert bytes_off == pytest.approx(expected[0], rel=0.02)
+    one_block = (bytes_off - 2 * 128 * 4 * 8 * 64) / 4                      # made again, one block at a time
+    assert bytes_on + one_block == pytest.approx(expected[1], rel=0.03)
+
+
+def test_recomputed_gradients_are_the_same():
+    model, tokens = make_model(V), some_tokens()
+    grads = {}
+    for model.recompute in (False, True):
+        model.zero_grad()
+        model(tokens[:, :-1], tokens[:, 1:]).square().sum().backward()
+        grads[model.recompute] = [p.grad.clone() for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(*grads.values()))
