@@ -271,7 +271,8 @@ class Transformer(nn.Module):
         x = self.hidden(tokens)
         if targets is None:
             return F.linear(x, self.head)
-        return fused_cross_entropy(x.flatten(0, 1), self.head, targets.flatten()).view_as(targets)
+        losses = fused_cross_entropy(x.flatten(0, 1), self.head, targets.flatten())
+        return losses.view_as(targets).clone()      # FSDP hangs its hooks on what is returned, and warns of a view
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str, dtype=torch.float32, device="cpu", sharded=False) -> "Transformer":
