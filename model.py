@@ -146,7 +146,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        if x.is_cuda:                               # torch's own is one kernel there; on CPUs its backward remembers three times x
+        if x.is_cuda:                               # torch's own is one kernel there; on CPUs it remembers 3 tensors
             return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)
         return _RMSNorm.apply(x, self.weight, self.eps)
 
@@ -218,9 +218,11 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, cos, sin, cache=None, recompute=False):
-        return remake(self.compute, x, cos, sin, cache) if recompute else self.compute(x, cos, sin, cache)
+        if cache is not None:
+            return Block.compute(self, x, cos, sin, cache)      # generation is not compiled: its cache grows
+        return remake(self.compute, x, cos, sin) if recompute else self.compute(x, cos, sin)
 
-    def compute(self, x, cos, sin, cache):
+    def compute(self, x, cos, sin, cache=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -271,7 +273,8 @@ class Transformer(nn.Module):
         x = self.hidden(tokens)
         if targets is None:
             return F.linear(x, self.head)
-        return fused_cross_entropy(x.flatten(0, 1), self.head, targets.flatten()).view_as(targets)
+        losses = fused_cross_entropy(x.flatten(0, 1), self.head, targets.flatten())
+        return losses.view_as(targets).clone()      # FSDP hangs its hooks on what is returned, and warns of a view
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str, dtype=torch.float32, device="cpu", sharded=False) -> "Transformer":
@@ -537,6 +540,13 @@ def shard(model: Transformer, device) -> Transformer:
     return model
 
 
+def compile_blocks(model: Transformer) -> None:
+    """torch.compile what a block computes. What surrounds it, gathering and recompute, stays outside: call it before
+    or after shard. The first step takes a minute more; one graph serves all blocks and lengths."""
+    for block in model.model.layers:
+        block.compute = torch.compile(block.compute, dynamic=True)
+
+
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Is it a DTensor, as the parameters and gradients of a sharded model are?"""
     return hasattr(tensor, "full_tensor")
@@ -610,13 +620,13 @@ def memory_per_gpu(config: Config, gpus: int, micro_tokens: int, recompute=False
     kept = kept * size + 2 * c.hidden_size * stream + 4 * c.num_attention_heads # two inputs of norms; softmax sums
     blocks = c.num_hidden_layers * c.hidden_size * stream + kept if recompute else c.num_hidden_layers * kept
     if whole_model:
-        gathered = (total + head) * 2 if device == "cuda" else 0                # autocast's copies; fused_cross_entropy makes its own
+        gathered = (total + head) * 2 if device == "cuda" else 0                # autocast's copies, and the loss's
     else:       # this block's weights and the next's, its gradient, that again in float32 on its way; the root's likewise
         gathered = block * (3 * size + 4) + root * (2 * size + 4)
     return {"weights": 4 * total // gpus, "gradients": 4 * total // gpus, "optimizer": 8 * total // gpus, "gathered": gathered,
             "activations": micro_tokens * (blocks + c.hidden_size * (stream + size)),                   # + the last norm's
             "temporaries": micro_tokens * 4 * c.intermediate_size * size,       # in SwiGLU's backward
-            "head": 4 * head + CHUNK_BYTES[device] * (4 + size * (size < 4)) // 4}  # its gradient's float32 sum; a chunk of logits
+            "head": 4 * head + CHUNK_BYTES[device] * (4 + size * (size < 4)) // 4}  # its gradient's sum; a chunk of logits
 
 
 # -----------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ import eval
 import shad
 from data import (DataError, Dataset, Renderer, collate, copy_tokenizer, epoch_batches, load_labels, micro_batches, option,
                   parse_options, run_script, toy_samples)
-from model import (CheckpointError, Transformer, barrier, clip_gradients, init_distributed, mixed_precision,
+from model import (CheckpointError, Transformer, barrier, clip_gradients, compile_blocks, init_distributed, mixed_precision,
                    rank_and_world, resolve, sum_gradients, sum_over_ranks, write_json)
 from rft import METHODS, group_losses
 
@@ -333,8 +333,7 @@ def main():
     model = base()
     model.recompute = o.recompute
     if o.compile:
-        for block in model.model.layers:
-            block.compile(dynamic=True)
+        compile_blocks(model)
     metrics = train(model, dataset, labels, o)
     if rank == 0:
         first, last = metrics[0], metrics[-1]
