@@ -342,7 +342,10 @@ def evaluate_bench(o: Options, device) -> tuple[dict, list[dict]]:
     if rank_and_world()[0] > 0:                             # one rank judges
         return {}, []
     verdicts = stb_verdicts(o, items, outputs) if agent else judge_outputs(bench, items, outputs)
-    return summary | count_verdicts(verdicts) | bench.summary(verdicts), verdicts
+    counts = count_verdicts(verdicts)
+    if agent:
+        del counts["categories"]                            # without a judge none is correct, and that is no accuracy
+    return summary | counts | {"figures": bench.summary(verdicts)}, verdicts
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -1048,7 +1051,7 @@ TEVAL_FILES = ("instruct", "plan_json", "plan_str", "reason_retrieve_understand_
 def teval_items(folder: str) -> list[Item]:
     """The items of T-Eval's files in a folder, such as plan_json_v2.json or review_str_v1_zh.json; one version of each."""
     files = {}
-    for file in sorted(os.listdir(folder)):
+    for file in sorted(os.listdir(folder) if os.path.isdir(folder) else []):
         match = re.fullmatch(rf"({'|'.join(TEVAL_FILES)})(_v\d+)?(_zh)?\.json", file)
         if match and match[1] in files:
             raise DataError(f"{folder} holds both {files[match[1]]} and {file}; keep one version of each file in a folder.")
@@ -1829,6 +1832,15 @@ BENCHES = {"toy": Bench(toy_items, toy_judge, toy_summary, 96), "bfcl": Bench(bf
            "stabletoolbench": Bench(stb_items, stb_judge, stb_summary)}
 
 
+def flat(figures: dict, path: str = ""):
+    """Yield (name, number) of the figures of a benchmark that are no mere detail of a category."""
+    for name, value in figures.items():
+        if isinstance(value, float):
+            yield path + name, value
+        elif isinstance(value, dict) and name not in ("categories", "formats", "data_faults"):
+            yield from flat(value, f"{path}{name} ")
+
+
 def main():
     o = parse_options(Options, __doc__)
     needs = (["--model"] if not o.model and not o.predictions else []) + (["--data"] if not o.data and o.bench != "toy" else []) + (
@@ -1847,11 +1859,9 @@ def main():
     if rank > 0:
         return
     for name, c in summary.get("categories", {}).items():
-        if "accuracy" in c:
-            print(f"{name} {c['accuracy']:.1%} of {c['asked']:,} (95 %: {c['interval'][0]:.1%} to {c['interval'][1]:.1%})")
-    figures = {k: v for k, v in summary.items() if isinstance(v, float)}
-    if figures:
-        print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        print(f"{name} {c['accuracy']:.1%} of {c['asked']:,} (95 %: {c['interval'][0]:.1%} to {c['interval'][1]:.1%})")
+    for name, value in flat(summary.get("figures", {}) if o.bench != "toy" else {}):
+        print(f"{name} {value:.4f}")
     losses = summary.get("losses", {})
     for kind, groups in (losses if o.bench == "toy" else {"loss": losses}).items():
         if groups:

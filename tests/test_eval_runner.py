@@ -12,6 +12,7 @@ import eval
 from data import DataError, Message, Renderer, toy_samples
 from eval import Bench, Item, generate_outputs, judge_outputs, read_outputs, speaker, toy_items, toy_judge, wilson
 from model import Transformer, generate
+from test_eval_stabletoolbench import query
 from tiny import make_model, write
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -193,3 +194,45 @@ def test_a_judge_sees_no_missing_output():
     a, b, c = judge_outputs(bench, items, {"a": "x", "b": None})
     assert a == {"id": "a", "category": "c", "correct": True, "reason": "judged", "score": 0.5, "output": "x"}
     assert (b["reason"], c["reason"]) == ("prompt too long for the model", "no output") and not b["correct"] and not c["correct"]
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# Every benchmark from the command line, on one record each: asked of the tiny model, and judged from predictions
+
+STEP = {"id": 0, "prev": [], "name": "find", "args": {}}
+PLAN = {"a": {"meta": {"API_list": []}, "ground_truth": [STEP], "meta_data": {"response_format": "json"},
+              "origin_prompt": [{"role": "user", "content": "Plan it."}]}}
+FOLDERS = {     # benchmark -> its files, and an output that is right
+    "bfcl": ({"BFCL_v4_simple_python.json": {"id": "a", "question": [[{"role": "user", "content": "Go."}]], "function": [
+        {"name": "go", "description": "", "parameters": {"type": "dict", "properties": {"n": {"type": "integer"}}, "required": ["n"]}}]},
+              "possible_answer/BFCL_v4_simple_python.json": {"id": "a", "ground_truth": [{"go": {"n": [1]}}]}}, "a", "go(n=1)"),
+    "nexus": ({"emailrep_queries.json": [{"query": "Mail?", "reference": "mail(a='x')"}], "function_specs.json": {"emailrep": [
+        {"name": "mail", "docstring": "", "args": [{"name": "a", "type": "str", "required": True, "default": None}]}]}},
+              "emailrep_0", "mail('x')"),
+    "teval": ({"plan_json_v1.json": PLAN}, "plan_json_a", json.dumps([STEP])),
+    "stabletoolbench": ({"G1_tool.json": [query(7)]}, "7", "The leek soup.")}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_benchmark_from_the_command_line(monkeypatch, chatml, tmp_path, capsys, name):
+    files, item, right = FOLDERS[name]
+    for file, content in files.items():
+        os.makedirs(os.path.dirname(tmp_path / "data" / file), exist_ok=True)
+        (tmp_path / "data" / file).write_text(json.dumps(content) + "\n")
+    ask = (name, "--model", chatml, "--data", tmp_path / "data", "--out", tmp_path / "asked", "--max-new-tokens", 4, "--max-steps", 2)
+    main(monkeypatch, *ask)
+    summary, before = json.loads((tmp_path / "asked/summary.json").read_text()), (tmp_path / "asked/outputs.0.jsonl").read_bytes()
+    assert summary["asked"] == 1 and summary["figures"] and len(lines(tmp_path / "asked/outputs.0.jsonl")) == 2
+    main(monkeypatch, *ask)                                             # kept, and judged again
+    assert (tmp_path / "asked/outputs.0.jsonl").read_bytes() == before
+    verdict, = lines(tmp_path / "asked/verdicts.jsonl")
+    assert verdict["id"] == item and not verdict["correct"] and verdict["reason"]
+
+    write(tmp_path / "p.jsonl", json.dumps({"id": item, "output": right}) + "\n")
+    monkeypatch.setattr(eval, "stb_endpoint", lambda *_: lambda prompt, choices: ("Solved", "it does"))
+    judge = ["--judge-url", "http://judge", "--judge-model", "m"] if name == "stabletoolbench" else []
+    main(monkeypatch, name, "--predictions", tmp_path / "p.jsonl", "--data", tmp_path / "data", "--out", tmp_path / "judged", *judge)
+    verdict, = lines(tmp_path / "judged/verdicts.jsonl")
+    assert verdict["correct"], verdict
+    with pytest.raises(DataError, match=str(tmp_path)):
+        main(monkeypatch, name, "--predictions", tmp_path / "p.jsonl", "--data", tmp_path / "nowhere")

@@ -171,7 +171,7 @@ def verdicts(path):
 def test_eval_toy(work, tmp_path):
     run(work, "eval.py", "toy", "--model", "model", "--count", 3, "--out", tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["asked"] == 6 and summary["success"] == {"held_in": 0.0, "held_out": 0.0}        # a random model
+    assert summary["asked"] == 6 and summary["figures"]["success"] == {"held_in": 0.0, "held_out": 0.0}        # a random model
     assert all(summary["losses"][kind]["reasoning"]["loss"] > 0 for kind in ("held_in", "held_out"))
     assert len(verdicts(tmp_path)) == 6
     assert all(set(v) == {"id", "category", "correct", "reason", "output"} for v in verdicts(tmp_path))
@@ -189,7 +189,7 @@ def test_eval_toy_predictions(work, tmp_path):
     lines = [json.dumps({"id": i, "output": text}) for i, text in outputs.items()]
     said = run(work, "eval.py", "toy", "--predictions", write(tmp_path / "p.jsonl", "\n".join(lines)), "--count", 4, "--out", tmp_path)
     assert "held_in 50.0%" in said
-    assert json.loads((tmp_path / "summary.json").read_text())["success"] == {"held_in": 0.5, "held_out": 0.5}
+    assert json.loads((tmp_path / "summary.json").read_text())["figures"]["success"] == {"held_in": 0.5, "held_out": 0.5}
     by_id = {v["id"]: v for v in verdicts(tmp_path)}
     assert [by_id[s.id]["correct"] for s in held_in] == [False, False, True, True]
     assert [by_id[s.id]["correct"] for s in held_out] == [False, False, True, True]
