@@ -115,7 +115,7 @@ def test_parts_of_another_run_are_refused(work, unfinished):
 def test_parts_of_an_unknown_run_are_made_again(work, unfinished):
     """settings.json may be the first to go when a run is killed as it removes its parts."""
     (unfinished / "parts" / "settings.json").unlink()
-    code, text = call(work, *labelling(work, unfinished, "--seed", 1))
+    code, text = call(work, *labelling(work, unfinished, "--micro-tokens", 100))
     assert code == 0, text
-    code, text = call(work, *labelling(work, unfinished / "again", "--seed", 1))
+    code, text = call(work, *labelling(work, unfinished / "again", "--micro-tokens", 100))
     assert code == 0 and labels(unfinished) == labels(unfinished / "again"), text
