@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 
@@ -529,3 +530,19 @@ def test_toy_tokenizer_round_trip(held_out, tmp_path):
         assert renderer.tokenizer.decode(output[:-1], skip_special_tokens=False) == sample.messages[2].text
         reasoning = [renderer.tokenizer.id_to_token(i) for i, mark in zip(ids, marks) if MARKS[mark] == "reasoning"]
         assert reasoning == [text for text, role in sample.messages[2].parts if role == "reasoning"]
+
+
+def test_a_cached_dataset_is_mapped_and_not_read(chatml, tmp_path):
+    """Ten times the samples take no more memory than three numbers a sample: lengths, outputs and kept."""
+    peaks, counts = [], (400, 4_000)
+    for count in counts:
+        path = write(tmp_path / f"{count}.json", apigen(100) * (count // 100))
+        made = Dataset.load([path], chatml, "auto", 2048)
+        tracemalloc.start()
+        found = Dataset.load([path], chatml, "auto", 2048)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert np.array_equal(found.ids[-1], made.ids[-1]) and found.samples[-1] == made.samples[-1]
+    numbers = 3 * 8 * (counts[1] - counts[0])
+    assert peaks[1] - peaks[0] < 1.3 * numbers
+    assert len(found.marks) > 5 * numbers                       # reading even the smallest array would show

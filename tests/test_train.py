@@ -11,7 +11,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from data import Dataset, Renderer, epoch_batches, micro_batches, read_record
-from model import Transformer, sum_gradients, sum_over_ranks
+from model import Transformer, sum_gradients, sum_over_ranks, whole
+from processes import fork
 from tiny import apigen, relative
 from train import Options, backward, learning_rate, train
 
@@ -21,9 +22,9 @@ BATCHES = {"many": list(range(11)), "single": [2]}
 WHOLE, CUT = 10**6, 500         # micro_tokens: one micro-batch, or several
 
 
-def problem(directory):
+def problem(directory, sharded=False):
     """(model, dataset, labels): uneven outputs; sample 4 is all reasoning and sample 5 all boilerplate."""
-    model = Transformer.from_pretrained(directory)
+    model = Transformer.from_pretrained(directory, sharded=sharded)
     dataset = Dataset([read_record(record, i) for i, record in enumerate(apigen(12))], Renderer(directory))
     reasoning = np.random.default_rng(0).random(dataset.offsets[-1]) < 0.4
     for i, value in ((4, True), (5, False)):
@@ -38,34 +39,36 @@ def one_batch(model, dataset, reasoning, case, batch, micro_tokens):
     sums = backward(model, dataset, (reasoning, 0.0), BATCHES[batch], o)
     sum_gradients(model)
     sum_over_ranks(*sums)
-    return dict(zip(("loss", "L", "n", "w"), sums)) | {name: p.grad.clone() for name, p in model.named_parameters()}
+    return dict(zip(("loss", "L", "n", "w"), sums)) | {name: whole(p.grad).clone() for name, p in model.named_parameters()}
 
 
-def everything(directory, sizes):
-    model, dataset, reasoning = problem(directory)
+def everything(directory, sharded=False):
+    model, dataset, reasoning = problem(directory, sharded)
     return {(case, batch, size): one_batch(model, dataset, reasoning, case, batch, size)
-            for case in CASES for batch in BATCHES for size in sizes}
+            for case in CASES for batch in BATCHES for size in (WHOLE, CUT)}
 
 
 def rank_main(rank, world, directory, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}.store", rank=rank, world_size=world)
-    results = everything(directory, (WHOLE, CUT))
-    torch.save(results, f"{out}.{rank}")
+    for sharded in (False, True):
+        results = everything(directory, sharded)
+        if rank in (0, world - 1):
+            torch.save(results, f"{out}.{sharded}.{rank}")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def one_process(chatml):
-    return everything(chatml, (WHOLE, CUT))
+    return everything(chatml)
 
 
-@pytest.fixture(scope="module")
-def two_processes(chatml, tmp_path_factory):
-    """The results of rank 0 and of rank 1."""
-    out = str(tmp_path_factory.mktemp("ranks") / "results")
-    mp.spawn(rank_main, (2, chatml, out), nprocs=2)
-    return [torch.load(f"{out}.{rank}") for rank in (0, 1)]
+@pytest.fixture(scope="module", params=[2, 4])
+def many_processes(request, chatml, tmp_path_factory):
+    """{sharded: the results of the first rank and of the last}"""
+    out, world = str(tmp_path_factory.mktemp("ranks") / "results"), request.param
+    mp.start_processes(rank_main, (world, chatml, out), nprocs=world, start_method=fork.get_start_method())
+    return {sharded: [torch.load(f"{out}.{sharded}.{rank}") for rank in (0, world - 1)] for sharded in (False, True)}
 
 
 def assert_same(results, expected):
@@ -79,8 +82,9 @@ def test_the_batch_is_cut_as_meant(chatml):
     _, dataset, _ = problem(chatml)
     pieces = lambda batch, size, *ranks: sum(map(bool, map(len, micro_batches(BATCHES[batch], dataset.lengths, size, *ranks))))
     assert pieces("many", WHOLE) == 1 and pieces("many", CUT) >= 4
-    assert all(pieces("many", WHOLE, rank, 2) == 1 and pieces("many", CUT, rank, 2) >= 2 for rank in (0, 1))
-    assert pieces("single", WHOLE, 0, 2) == 1 and pieces("single", WHOLE, 1, 2) == 0       # rank 1 has nothing to score
+    for world in (2, 4):
+        assert all(pieces("many", WHOLE, rank, world) == 1 and pieces("many", CUT, rank, world) >= 4 // world for rank in range(world))
+        assert [pieces("single", WHOLE, rank, world) for rank in range(world)] == [1] + [0] * (world - 1)      # nothing to score
     outputs = np.diff(dataset.offsets)
     assert outputs.max() > 3 * outputs.min()
 
@@ -91,12 +95,13 @@ def test_several_micro_batches_are_one(one_process, case, batch):
     assert_same(one_process[case, batch, CUT], one_process[case, batch, WHOLE])
 
 
-@pytest.mark.parametrize("size", [WHOLE, CUT], ids=["1 micro-batch a rank", "several"])
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_are_one(one_process, two_processes, case, batch, size):
-    for rank in (0, 1):
-        assert_same(two_processes[rank][case, batch, size], one_process[case, batch, WHOLE])
+def test_many_processes_are_one(one_process, many_processes, case, sharded):
+    for results in many_processes[sharded]:
+        for batch in BATCHES:
+            for size in (WHOLE, CUT):
+                assert_same(results[case, batch, size], one_process[case, batch, WHOLE])
 
 
 @pytest.mark.parametrize("batch", BATCHES)
