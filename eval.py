@@ -430,7 +430,7 @@ def bfcl_items(folder: str) -> list[Item]:
             answers = {} if "relevance" in category else {r["id"]: r["ground_truth"] for _, r in read_records(answer_path)}
             for where, record in read_records(path):
                 documents, language = record["function"], bfcl_language(category)
-                tools = documents if language == "python" else [bfcl_as_strings(d, language) for d in documents]
+                tools = [bfcl_tool(d if language == "python" else bfcl_as_strings(d, language)) for d in documents]
                 system = [TOOL_PROMPT.format(json.dumps(tools, ensure_ascii=False))]
                 turns = [Message(turn["role"], turn["content"]) for turn in record["question"][0]]
                 if turns[0].role == "system":
@@ -447,6 +447,14 @@ def bfcl_items(folder: str) -> list[Item]:
     if not items:
         raise DataError(f"{folder} holds no BFCL_v4_*.json of a single-turn category; copy the data folder of bfcl-eval.")
     return items
+
+
+def bfcl_tool(document: dict) -> dict:
+    """A function's document as APIGen's flat specification, which upstream too gives to models trained on APIGen: an argument
+    that may be left out says so in its type."""
+    required = document["parameters"].get("required", [])
+    return document | {"parameters": {name: p | {"type": p["type"] + ", optional" * (name not in required)}
+                                      for name, p in document["parameters"]["properties"].items()}}
 
 
 def bfcl_as_strings(document: dict, language: str) -> dict:

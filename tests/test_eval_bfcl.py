@@ -194,7 +194,7 @@ def test_java_item(tmp_path):
     assert "written as strings" in bfcl_judge(item, '[{"name": "A.f", "arguments": {"ids": [1, 2]}}]')["reason"]
     assert not bfcl_judge(item, "[A.f(ids=new ArrayList<Long>(Arrays.asList(1, 2)))]")["correct"]           # no longs
     assert not bfcl_judge(item, "[A.f(ids=new ArrayList<Long>(Arrays.asList(1L, 2L)), on=True)]")["correct"]
-    shown = json.loads(item.messages[0].text.split("\n")[1])[0]["parameters"]["properties"]
+    shown = json.loads(item.messages[0].text.split("\n")[1])[0]["parameters"]
     assert shown["ids"] == {"type": "string", "description": "Ids. Written as a string: Java source text of type ArrayList of long."}
     assert document["parameters"]["properties"]["ids"]["type"] == "ArrayList"
 
@@ -232,6 +232,7 @@ def test_items(tmp_path):
     item, = bfcl_items(str(tmp_path))
     assert [m.role for m in item.messages] == ["system", "user"] and item.category == "live_irrelevance"
     assert '"name": "find"' in item.messages[0].text and item.messages[0].text.endswith("Be brief.")
+    assert '"parameters": {"q": {"type": "' in item.messages[0].text            # flat, as in APIGen's data
 
 
 @pytest.mark.parametrize("file, text, said", [
