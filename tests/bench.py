@@ -5,6 +5,7 @@
     python tests/bench.py memory                                 # bytes per GPU that sharded training takes, estimated
     python tests/bench.py generate --model DIR --data train.json # greedy decoding beside transformers' generate
     python tests/bench.py trl --model DIR --data train.json --max-length 768 --batch 4     # beside TRL's SFTTrainer
+    python tests/bench.py flags --model DIR --data train.json --batch-tokens 1024          # --recompute and --compile
     python tests/bench.py data --samples 1000000                 # memory and start-up on generated samples
     python tests/bench.py scope                                  # what exact weights cost in scope "batch"
     python tests/bench.py toy                                    # `python train.py` over 5 seeds: mean and spread
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import train
 from data import Dataset, Renderer, collate, epoch_batches, micro_batches, read_samples, toy_samples
-from model import Config, Transformer, _chunk_rows, fused_cross_entropy, generate, memory_per_gpu, mixed_precision
+from model import Config, Transformer, _chunk_rows, compile_blocks, fused_cross_entropy, generate, memory_per_gpu, mixed_precision
 from rft import rft_loss
 
 
@@ -332,6 +333,42 @@ def bench_trl(path: str, data: list, count: int, batch: int, max_length: int) ->
 
 
 # -----------------------------------------------------------------------------------------------------------------
+# flags: what --recompute and --compile do to a training step, and the peak beside the estimate of memory_per_gpu
+
+def flags_main(flag: str, path: str, data: list, micro_tokens: int, steps: int, pipe) -> None:
+    torch.set_num_threads(1)
+    before = memory("VmRSS")
+    dataset, model = Dataset.load(data, path, "auto", micro_tokens), Transformer.from_pretrained(path)
+    batches = epoch_batches(dataset.lengths, dataset.kept, micro_tokens, seed=0)[:steps + 1]
+    model.recompute = flag == "--recompute"
+    if flag == "--compile":
+        compile_blocks(model)
+    o = train.Options(model=path, data=data, method="sft", micro_tokens=2 * micro_tokens)
+    optimizer, seconds = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), []
+    reset_peak()
+    for batch in batches:
+        start = time.perf_counter()
+        train.backward(model, dataset, None, batch, o)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append((time.perf_counter() - start) / dataset.lengths[batch].sum())
+    padded = max(len(batch) * int(dataset.lengths[batch].max()) for batch in batches)
+    estimate = sum(memory_per_gpu(model.config, 1, padded, model.recompute, "cpu").values()) / 2**20
+    pipe.send((seconds[0], statistics.median(seconds[1:]), memory("VmHWM") - before, estimate))
+
+
+def bench_flags(path: str, data: list, micro_tokens: int, steps: int) -> None:
+    print(f"\nflags, steps of about {micro_tokens} tokens, one thread; the first step, median of {steps} more, peak above the start, estimate")
+    for flag in ("", "--recompute", "--compile"):
+        ours, theirs = mp.Pipe()
+        process = mp.get_context("spawn").Process(target=flags_main, args=(flag, path, data, micro_tokens, steps, theirs))
+        process.start()
+        first, later, peak, estimate = ours.recv()
+        process.join()
+        print(f"  {flag or 'neither':12} {1e3 * first:7.2f} ms a token, then {1e3 * later:6.2f}   peak {peak:6.0f} MiB   estimated {estimate:6.0f} MiB", flush=True)
+
+
+# -----------------------------------------------------------------------------------------------------------------
 # data: a trainer's memory and start-up on as many generated samples as you like
 
 def data_main(path: str, steps: int, out: str, pipe) -> None:
@@ -534,10 +571,10 @@ def bench_gpu(repeats: int, tiny: bool) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["head", "train", "trl", "generate", "data", "scope", "memory", "toy", "gpu"])
-    parser.add_argument("--model", help="checkpoint for `train`, `trl` and `generate`")
-    parser.add_argument("--data", nargs="+", help="data for `train`, `trl` and `generate`")
-    parser.add_argument("--steps", type=int, default=6, help="measured steps of `train` and `data`")
+    parser.add_argument("what", choices=["head", "train", "trl", "generate", "flags", "data", "scope", "memory", "toy", "gpu"])
+    parser.add_argument("--model", help="checkpoint for `train`, `trl`, `generate` and `flags`")
+    parser.add_argument("--data", nargs="+", help="data for the same")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps of `train`, `flags` and `data`")
     parser.add_argument("--repeats", type=int, default=5, help="measured repeats of `head`, `scope` and `gpu`")
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--micro-tokens", type=int, default=8192, help="tokens of a micro-batch of `memory`")
@@ -556,6 +593,7 @@ if __name__ == "__main__":
      "train": lambda: bench_train(a.model, a.data, a.steps, a.batch_tokens, a.max_length),
      "trl": lambda: bench_trl(a.model, a.data, a.prompts, a.batch, a.max_length),
      "generate": lambda: bench_generate(a.model, a.data, a.prompts, a.batch, a.new, a.max_length),
+     "flags": lambda: bench_flags(a.model, a.data, a.batch_tokens, a.steps),
      "data": lambda: bench_data(a.samples, a.steps),
      "scope": lambda: bench_scope(a.repeats),
      "memory": lambda: bench_memory(a.micro_tokens),
