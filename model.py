@@ -530,6 +530,8 @@ def shard(model: Transformer, device) -> Transformer:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     device = torch.device(device)
     if dist.is_initialized() and dist.get_world_size() > 1:
+        if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+            raise CheckpointError(f"torch {torch.__version__} cannot shard a model on CPUs; use a newer one, or --shard no.")
         bf16 = device.type == "cuda"
         options = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
                    "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32,

@@ -16,8 +16,9 @@ import train
 from data import DataError, Dataset, Renderer, epoch_batches, read_record
 from model import Transformer
 from processes import as_a_user, call, said, start, wait_until
-from tiny import apigen, make_model, make_tokenizer, relative, write
+from tiny import CAN_SHARD, apigen, make_model, make_tokenizer, relative, write
 
+needs_sharding = pytest.mark.skipif(not CAN_SHARD, reason="this torch cannot shard on CPUs")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
@@ -146,6 +147,7 @@ def test_sigterm_ends_a_run_with_a_checkpoint(large, tmp_path):
     assert_same_run(tmp_path, large / "whole")
 
 
+@needs_sharding
 def test_sigterm_to_one_rank_ends_them_all(large, tmp_path):
     arguments = training(large, tmp_path, STEPS, "--checkpoint-every", 0, "--shard", "yes")
     ranks = start(large, *arguments, processes=2)
@@ -160,6 +162,7 @@ def test_sigterm_to_one_rank_ends_them_all(large, tmp_path):
 # -----------------------------------------------------------------------------------------------------------------
 # Other numbers of ranks
 
+@needs_sharding
 @pytest.mark.parametrize("before, after", [((1, "no"), (2, "yes")), ((2, "yes"), (1, "no")), ((2, "yes"), (2, "no"))],
                          ids=["1 -> 2 sharded", "2 sharded -> 1", "2 sharded -> 2 whole"])
 def test_a_checkpoint_goes_on_on_another_number_of_ranks(work, tmp_path, before, after):

@@ -10,7 +10,7 @@ import torch
 
 from data import Dataset, load_labels
 from processes import call, said, start, wait_until
-from tiny import apigen, make_model, make_tokenizer, relative, write
+from tiny import CAN_SHARD, apigen, make_model, make_tokenizer, relative, write
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,7 @@ def test_two_processes_label_to_the_same_bytes(work, tmp_path):
     assert not (tmp_path / "parts").exists()
 
 
+@pytest.mark.skipif(not CAN_SHARD, reason="this torch cannot shard on CPUs")
 def test_two_processes_that_share_the_model_label_the_same(work, tmp_path):
     code, text = call(work, *labelling(work, tmp_path, "--shard", "yes"), processes=2)
     assert code == 0, text

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from data import Message, Sample
 from model import Config, Transformer
 
+CAN_SHARD = hasattr(torch.cpu.Stream, "record_event")       # FSDP2 on CPUs: not in torch 2.6
 CITIES = ["Oslo", "Bern", "Quito", "Lima", "Accra", "Hanoi", "Turin", "Cork"]
 CORPUS = [f'user assistant system tool What is the weather in {city}? [{{"name": "get_weather", "arguments": {{"city": "{city}"}}}}] '
           "Thought: I should call the tool.\nAction: find_city\nAction Input: {}\n" for city in CITIES]
