@@ -89,8 +89,12 @@ def parse_samples(path: str, progress: bool):
     for index, (where, record) in enumerate(read_records(path, progress)):
         try:
             sample = read_record(record, index)
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
-            raise DataError(f"{where}: {e if isinstance(e, DataError) else f'{type(e).__name__}: {e}'}") from None
+        except DataError as e:
+            raise DataError(f"{where}: {e}") from None
+        except KeyError as e:
+            raise DataError(f"{where} lacks {e} where its format has it; mend or remove the record.") from None
+        except (TypeError, AttributeError, ValueError) as e:
+            raise DataError(f"{where} is not built as its format is ({e}); mend or remove the record.") from None
         if not any(m.is_output and m.text for m in sample.messages):
             raise DataError(f"{where} has no assistant turn, so there is nothing to learn from it; remove the record.")
         yield sample
@@ -100,7 +104,7 @@ def read_records(path: str, progress: bool = False):
     """Yield (where, record) of a JSON list or a JSON Lines file of any size, holding little more than one record."""
     line = 0
     try:
-        with open(path, encoding="utf-8") as f, tqdm(
+        with open(path, encoding="utf-8-sig") as f, tqdm(
                 total=os.path.getsize(path), desc=f"read {path}", unit="B", unit_scale=True, disable=not progress, delay=1) as bar:
             head = f.read(2**16).lstrip()
             f.seek(0)
@@ -132,26 +136,31 @@ def list_elements(f, bar):
     while True:
         separator = re.compile(r"\s*([\[,\]]?)\s*").match(text, at)
         mark, start = separator[1], separator.end()
-        done = mark == "]" or opening and mark == "[" and text[start:start + 1] == "]"
-        try:
-            if start == len(text) and not ended:
-                raise json.JSONDecodeError("Unterminated", text, start)
-            if done:
+        more = start == len(text)                           # what is held ends here, but does the file?
+        if not more:
+            if mark == "]" or opening and mark == "[" and text[start] == "]":
                 return
             if mark != ("[" if opening else ","):
                 fail("Expecting ',' delimiter", start)
-            element, end = json.JSONDecoder().raw_decode(text, start)
-            if end == len(text) and not ended:
-                raise json.JSONDecodeError("Unterminated", text, end)       # 12 may go on as 123
-        except json.JSONDecodeError as e:
-            if ended or not e.msg.startswith("Unterminated") and e.pos < len(text) - 16:
-                fail(e.msg, e.pos)
-            piece = f.read(max(2**20, len(text) - at))      # the element goes on beyond what is held
+            try:
+                element, end = json.JSONDecoder().raw_decode(text, start)
+                more = end == len(text)                     # 12 may go on as 123
+            except json.JSONDecodeError as e:
+                # cut in a string, or at most a few characters before the end, in an escape or a literal
+                more = e.msg.startswith("Unterminated") or e.pos > len(text) - 16
+                if ended or not more:
+                    fail(e.msg, e.pos)
+        if more and not ended:
+            piece = f.read(max(2**20, len(text) - at))
             bar.update(len(piece))
             line, text, at, ended = line + text.count("\n", 0, at), text[at:] + piece, 0, not piece
-            continue
-        yield element
-        at, opening = end, False
+        elif start == len(text):                            # the file has ended
+            if mark == "]":
+                return
+            fail("Expecting value" if mark else "Expecting ',' delimiter", start)
+        else:
+            yield element
+            at, opening = end, False
 
 
 def read_record(record: dict, index: int) -> Sample:
@@ -187,6 +196,9 @@ def read_record(record: dict, index: int) -> Sample:
             if turn["role"] not in ROLES:
                 raise DataError(f"unknown role {turn['role']!r}; known are {', '.join(ROLES)}.")
             messages.append(Message(ROLES[turn["role"]], text))
+        if record.get("tools"):
+            own = [messages.pop(0).text] if messages[0].role == "system" else []
+            messages.insert(0, Message("system", "\n\n".join([*own, TOOL_PROMPT.format(as_json(record["tools"]))])))
     else:
         raise DataError(f"unknown format (keys: {', '.join(map(str, record))[:80]}); expected APIGen's query/answers/tools, "
                         "ToolBench's or ShareGPT's conversations, or messages.")
@@ -204,23 +216,23 @@ def as_json(value) -> str:
 JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]|[^\s"{}\[\]:,]+|\s+')
 
 
-def call_parts(text: str) -> list[tuple[str, str]]:
+def call_parts(text: str) -> list[tuple[str, str]] | None:
     """The token roles of a JSON list of calls, read off its structure: [(text, role)], concatenating to `text`.
 
     Function names, argument names and values are reasoning; fixed keys ("name", "arguments") and punctuation are format.
     """
-    parts, depth, fixed = [], 0, None
+    parts, depth, previous = [], 0, None
     for token in JSON_TOKEN.findall(text):
         depth += (token in "{[") - (token in "}]")
         if token[0] == '"':
             # depth 2 is a call's own object, [{ ; its keys are fixed, its values and all below are the model's choice
-            is_key = depth == 2 and fixed != ":"
+            is_key = depth == 2 and previous != ":"
             role = "format" if is_key and token in ('"name"', '"arguments"') else "reasoning"
             parts += [('"', "format"), (token[1:-1], role), ('"', "format")]
         else:
             parts.append((token, "format" if token in "{}[]:," or token.isspace() else "reasoning"))
         if not token.isspace():
-            fixed = token
+            previous = token
     if "".join(t for t, _ in parts) != text:            # broken JSON: no claim about its roles
         return None
     return [(t, r) for t, r in parts if t]
@@ -324,6 +336,11 @@ def toy_tokenizer():
 # -----------------------------------------------------------------------------------------------------------------
 # SHAD, step 1: which output belongs to which input is shuffled
 
+def draw(count: int, fraction: float, rng: random.Random) -> list[int]:
+    """Which of `count` samples are shuffled: a fraction of them, at least 2."""
+    return rng.sample(range(count), min(count, max(2, round(fraction * count))))
+
+
 def shuffle_outputs(samples: list[Sample], fraction: float, seed: int) -> list[Sample]:
     """Draw a fraction of the samples and permute the outputs among them, so that none stays with its own input.
 
@@ -334,7 +351,7 @@ def shuffle_outputs(samples: list[Sample], fraction: float, seed: int) -> list[S
     if len(samples) < 2:
         raise DataError(f"shuffling outputs needs at least 2 samples, not {len(samples)}.")
     rng = random.Random(seed)
-    drawn = [samples[i] for i in rng.sample(range(len(samples)), min(len(samples), max(2, round(fraction * len(samples)))))]
+    drawn = [samples[i] for i in draw(len(samples), fraction, rng)]
     slots = []                                                  # (sample, message), one sample's beside each other
     for s, sample in enumerate(drawn):
         turns = [m for m, message in enumerate(sample.messages) if message.is_output]
@@ -690,17 +707,19 @@ def copy_tokenizer(source: str, target: str) -> None:
 # -----------------------------------------------------------------------------------------------------------------
 # What the scripts share: options from a dataclass, one clear sentence for bad input, one page for pictures
 
-def option(default, help: str, **argparse_arguments):
-    """A dataclass field that is also a command-line flag."""
-    return field(default_factory=lambda: default, metadata={"help": help, **argparse_arguments})
+def option(default, help: str, low=0, **argparse_arguments):
+    """A dataclass field that is also a command-line flag; a number is at least `low`."""
+    return field(default_factory=lambda: default, metadata={"help": help, "low": low, **argparse_arguments})
 
 
 def parse_options(cls, description: str, argv=None):
     """The dataclass `cls` of options, filled from the command line. A list takes several values; a bool is a switch."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    low = {}
     for f in fields(cls):
         default, extra = f.default_factory(), dict(f.metadata)
-        text = extra.pop("help") + ("" if default in (None, [], False, "") else f" (default: {default})")
+        low[f.name] = extra.pop("low")
+        text = extra.pop("help") + ("" if default is None or default is False or default in ("", []) else f" (default: {default})")
         if isinstance(default, bool):
             extra["action"] = "store_true"
         elif isinstance(default, list):
@@ -710,7 +729,11 @@ def parse_options(cls, description: str, argv=None):
         positional = extra.pop("positional", False)
         parser.add_argument(f.name if positional else "--" + f.name.replace("_", "-"), default=default,
                             help=text.replace("%", "%%"), **extra)
-    return cls(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    for name, value in values.items():
+        if isinstance(value, (int, float)) and not value >= low[name]:
+            parser.error(f"--{name.replace('_', '-')} must be at least {low[name]}, not {value}")
+    return cls(**values)
 
 
 def run_script(main, *expected: type[Exception]) -> None:
@@ -721,4 +744,5 @@ def run_script(main, *expected: type[Exception]) -> None:
         print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: stopped", file=sys.stderr)
         sys.exit(130)

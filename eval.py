@@ -56,17 +56,17 @@ class Options:
     max_new_tokens: int = option(0, "longest output in tokens; 0: the benchmark's own")
     max_length: int = option(0, "longest sequence in tokens, output included; a prompt without room counts as wrong, a sample of loss is "
                                 "dropped; 0: the model's context, 2048 for loss")
-    cache_tokens: int = option(16384, "tokens that the KV cache holds: sequences generated together times their length")
+    cache_tokens: int = option(16384, "tokens that the KV cache holds: sequences generated together times their length", low=1)
     labels: str = option(None, "labels of shad.py for the same data (loss)")
-    count: int = option(200, "toy samples of each kind, held-in and held-out")
-    micro_tokens: int = option(4096, "tokens of one forward, padding included (loss)")
+    count: int = option(200, "toy samples of each kind, held-in and held-out", low=1)
+    micro_tokens: int = option(4096, "tokens of one forward, padding included (loss)", low=1)
     template: str = option("auto", "chat template", choices=["auto", "chatml", "plain"])
     seed: int = option(1, "seed of the toy samples; train.py's are made with others")
     # StableToolBench: where calls are answered (one of three; without any, none is), and who judges
     server: str = option(None, "address of its server of APIs (key: $TOOLBENCH_KEY)")
     cache: str = option(None, "folder of its cached responses, instead of a server")
     recorded: str = option(None, "file of recorded responses, instead of a server")
-    max_steps: int = option(12, "turns of the agent before it is stopped")
+    max_steps: int = option(12, "turns of the agent before it is stopped", low=1)
     judge_url: str = option(None, "OpenAI-compatible endpoint of the judge, up to /v1 (key: $OPENAI_API_KEY); without one, no pass rate")
     judge_model: str = option(None, "name of the judge's model")
     against: str = option(None, "traces of another model, for the win rate")
@@ -1811,6 +1811,7 @@ def curves_svg(title: str, curves: dict[str, list[float]]) -> str:
     low = max(1e-3, min(v.min() for v in smooth.values())) * 0.8
     high = max(v.max() for v in smooth.values()) * 1.1
     y = lambda v: 20 + 190 * (np.log(high) - np.log(np.maximum(v, low))) / (np.log(high) - np.log(low))
+    lowest = min(v[-1] for v in smooth.values())            # its name goes below its line, the others' above theirs
     marks = [m * 10.0 ** e for e in range(-3, 2) for m in (1, 2, 5) if low < m * 10.0 ** e < high]
     parts = [f'<text x="44" y="12" font-size="13" font-weight="600">{title}</text>']
     parts += [f'<line x1="44" x2="420" y1="{y(m):.0f}" y2="{y(m):.0f}" stroke="#e3e3e3"/><text x="40" y="{y(m) + 4:.0f}" font-size="11" '
@@ -1819,7 +1820,7 @@ def curves_svg(title: str, curves: dict[str, list[float]]) -> str:
         x = np.linspace(44, 420, len(v))
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="'
                      + " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y(v))) + f'"><title>{name}</title></polyline>'
-                     f'<text x="424" y="{y(v[-1]) + (11 if name == "RFT" else -3):.0f}" font-size="12" fill="{colour}">{name}</text>')
+                     f'<text x="424" y="{y(v[-1]) + (11 if v[-1] == lowest else -3):.0f}" font-size="12" fill="{colour}">{name}</text>')
     steps = len(next(iter(smooth.values())))
     parts.append(f'<text x="420" y="228" font-size="11" text-anchor="end">step {steps}</text><text x="44" y="228" font-size="11">1</text>')
     return f'<svg viewBox="0 0 470 236" width="470" role="img" aria-label="{title}">{"".join(parts)}</svg>'
@@ -1868,6 +1869,8 @@ def main():
         return
     for name, c in summary.get("categories", {}).items():
         print(f"{name} {c['accuracy']:.1%} of {c['asked']:,} (95 %: {c['interval'][0]:.1%} to {c['interval'][1]:.1%})")
+    if summary.get("too_long") or summary.get("missing"):
+        print(f"counted as wrong: {summary['too_long']} prompts too long for the model, {summary['missing']} items without output")
     for name, value in flat(summary.get("figures", {}) if o.bench != "toy" else {}):
         print(f"{name} {value:.4f}")
     losses = summary.get("losses", {})

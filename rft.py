@@ -30,16 +30,16 @@ def group_weights(L, n, tau=3.0):
     softmax(L / tau), the maximum subtracted first. A group with no token has weight 0 and the other 1.
     """
     x = (L.detach().float() / tau).masked_fill(n == 0, float("-inf"))
-    return torch.softmax(x, dim=0).nan_to_num(0.0)                                  # nan: neither group has a token
+    return torch.softmax(x, dim=0).masked_fill(n.sum(0) == 0, 0.0)                  # 0 / 0 where neither has a token
 
 
-def rft_loss(losses, is_reasoning, tau=3.0, reduce="mean", is_output=None):
+def rft_loss(losses, is_reasoning, tau=3.0, *, reduce="mean", is_output=None):
     """L_RFT = w_b L_b + w_r L_r of one sample, or of one batch.
 
-    losses: (N,) float32, in nats. is_reasoning: (N,) bool. tau: temperature, in nats; the paper sweeps 1/tau over
-    [0.2, 0.5] and finds it flat. reduce: L_b and L_r are the groups' "mean" losses, or their "sum" as the formula literally
-    says: sums of tens of nats saturate the softmax, so that w_r is 0 or 1. is_output: (N,) bool, where given only these count.
-    Returns a scalar; with leading dimensions, (B, N) in all, one loss a sample (B,).
+    losses: (..., N) float32, in nats. is_reasoning: (..., N) bool. tau: temperature, in nats, above 0; the paper sweeps 1/tau
+    over [0.2, 0.5] and finds it flat. reduce: L_b and L_r are the groups' "mean" losses, or their "sum" as the formula literally
+    says: sums of tens of nats saturate the softmax, so that w_r is 0 or 1. is_output: (..., N) bool, where given only these count.
+    Returns (...): a scalar of one sample (N,), one loss a sample of a batch (B, N).
     """
     L, n = group_losses(losses, is_reasoning, is_output, reduce)
     return (group_weights(L, n, tau) * L).sum(0)
@@ -68,8 +68,9 @@ def rft(losses, is_reasoning, is_output, batch, options):
         return (w * L).sum(), w.sum(-1)
     L, n = group_losses(losses, is_reasoning, is_output, "sum")
     w = group_weights(batch.L, batch.n, options.tau)                                        # (2,)
+    # this micro-batch's part of batch.L: divided by the counts of the whole, the parts add up
     share = L.sum(-1) if options.reduce == "sum" else L.sum(-1) / batch.n.clamp(min=1)
-    return (w * share).sum(), w * n.sum() / batch.tokens
+    return (w * share).sum(), w * n.sum() / batch.tokens                                    # reported: parts that add up to w
 
 
 METHODS = {"sft": sft, "rft": rft}

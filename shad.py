@@ -13,6 +13,7 @@ Ye et al. 2024 (arXiv 2412.14780), three steps:
 import html
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (DataError, Dataset, collate, epoch_batches, load_labels, micro_batches, option, parse_options, run_script,
+from data import (DataError, Dataset, collate, draw, epoch_batches, load_labels, micro_batches, option, parse_options, run_script,
                   save_labels, shuffle_outputs)
 from model import (CheckpointError, Transformer, barrier, clip_gradients, init_distributed, mixed_precision,
                    rank_and_world, resolve, sum_gradients, sum_over_ranks, write_json)
@@ -35,15 +36,15 @@ class Options:
     data: list = option([], "training data, one or more files; a slice may follow: train.json[:300]", required=True)
     out: str = option("", "directory for labels.safetensors and labels.html", required=True)
     # shuffle
-    shuffle: float = option(0.01, "share of the samples to shuffle; above 1, how many (at least 96, or all if fewer)")
+    shuffle: float = option(0.01, "share of the samples to shuffle, but no fewer than 96 if there are; above 1: how many")
     # tune: more than one epoch made it worse on a real model, whose outputs are then learned by heart
-    epochs: int = option(1, "epochs over the shuffled samples")
+    epochs: int = option(1, "epochs over the shuffled samples", low=1)
     lr: float = option(2e-5, "learning rate of the discriminator, falling linearly to 0")
-    batch_tokens: int = option(4096, "tokens of a global batch")
-    micro_tokens: int = option(4096, "tokens of one forward on one rank, padding included")
+    batch_tokens: int = option(4096, "tokens of a global batch", low=1)
+    micro_tokens: int = option(4096, "tokens of one forward on one rank, padding included", low=1)
     # classify
-    threshold: float = option(0.0, "loss difference above which a token is reasoning, in nats; kept beside the labels")
-    max_length: int = option(2048, "longer samples are dropped, in tokens")
+    threshold: float = option(0.0, "loss difference above which a token is reasoning, in nats; kept beside the labels", low=float("-inf"))
+    max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
     template: str = option("auto", "chat template", choices=["auto", "chatml", "plain"])
     shard: str = option("auto", "split the model over the ranks (FSDP2); auto: with several GPUs", choices=["auto", "yes", "no"])
     seed: int = option(0, "seed of the shuffle and of the batch order")
@@ -58,7 +59,7 @@ def token_losses(model: Transformer, dataset: Dataset, micro_tokens: int, title:
     (rank, world), device = rank_and_world(), model.head.device
     ends = np.cumsum(dataset.lengths[dataset.kept])
     part_tokens = max(8 * micro_tokens, ends[-1] // 1000)                           # at most about 1,000 parts
-    parts = np.split(dataset.kept, np.flatnonzero(np.diff(ends // part_tokens)) + 1)
+    parts = np.split(dataset.kept, np.flatnonzero(np.diff(ends // part_tokens)) + 1)    # cut where `ends` passes a multiple
     file = lambda p: os.path.join(directory, f"{p:04}.npy")
     exists = torch.zeros(len(parts), device=device)
     if directory and rank == 0:                                                     # one rank looks, or ranks might differ
@@ -142,52 +143,59 @@ def run(o: Options, dataset: Dataset, model: Transformer) -> np.ndarray:
     """SHAD on a dataset; writes o.out and returns LD (output tokens,) float32. `model` ends as the discriminator: only one
     copy is ever held, since the base losses are taken before it is tuned. A run that was killed goes on from what it left in
     o.out/parts: losses, and the tuned model."""
-    parts, (rank, _) = os.path.join(o.out, "parts"), rank_and_world()
-    left, tuned_model = os.path.join(parts, "settings.json"), os.path.join(parts, "tuned")
-    settings = dataset.fingerprint | {k: v for k, v in asdict(o).items() if k not in ("out", "data", "threshold", "shard")}
-    if os.path.exists(left):
-        with open(left, encoding="utf-8") as f:
-            differs = [key for key, value in json.load(f).items() if settings.get(key) != value]
-        if differs:
-            raise DataError(f"{parts} was left by an unfinished run with another {' and '.join(differs)}; remove it, or choose another --out.")
-    elif rank == 0:
-        shutil.rmtree(parts, ignore_errors=True)                # killed while it was removed
-    barrier()
-    if rank == 0:
-        os.makedirs(parts, exist_ok=True)
-        write_json(left, settings)
-    count = o.shuffle if o.shuffle > 1 else max(96, o.shuffle * len(dataset.kept))
-    shuffled_samples = shuffle_outputs(dataset.samples.pick(dataset.kept), min(1.0, count / len(dataset.kept)), o.seed)  # 1. shuffle
+    parts, (rank, _), clock = os.path.join(o.out, "parts"), rank_and_world(), [time.perf_counter()]
+    # 1. shuffle
+    count = o.shuffle if o.shuffle > 1 else max(96, o.shuffle * len(dataset.kept))              # fewer teach nothing
+    fraction = min(1.0, count / len(dataset.kept))
+    shuffled_samples = shuffle_outputs(dataset.samples.pick(dataset.kept), fraction, o.seed)
     shuffled = Dataset(shuffled_samples, dataset.renderer, 2 * dataset.max_length)  # another's output may be a longer one
-
-    clock = [time.perf_counter()]
-    base_losses = token_losses(model, dataset, o.micro_tokens, "losses of the base", os.path.join(parts, "base"))
+    take_up(parts, dataset.fingerprint | {k: v for k, v in asdict(o).items() if k not in ("out", "data", "threshold", "shard")})
+    base_losses = token_losses(model, dataset, o.micro_tokens, "losses of the base", os.path.join(parts, "base losses"))
     clock.append(time.perf_counter())
+    # 2. tune
+    tuned_model = os.path.join(parts, "tuned model")
     if os.path.isdir(tuned_model):
         model.load_weights(tuned_model)
     else:
-        tune(model, shuffled, o)                                                    # 2. tune
+        tune(model, shuffled, o)
         model.save_pretrained(tuned_model + ".tmp")
         if rank == 0:
             os.rename(tuned_model + ".tmp", tuned_model)
     clock.append(time.perf_counter())
     tuned_losses = token_losses(model, dataset, o.micro_tokens, "losses of the tuned", os.path.join(parts, "tuned losses"))
     clock.append(time.perf_counter())
+    # 3. classify
     if rank == 0:
-        difference = loss_difference(tuned_losses, base_losses)                     # 3. classify
-        drawn = {sample.id for sample in shuffled_samples}
-        others = np.repeat([sample.id not in drawn for sample in dataset.samples], dataset.outputs)
-        summary = summarize(difference, base_losses, tuned_losses, others, dataset.true_roles(), o.threshold)
+        difference = loss_difference(tuned_losses, base_losses)
+        others = np.ones(len(dataset.samples), bool)
+        others[dataset.kept[draw(len(dataset.kept), fraction, random.Random(o.seed))]] = False  # as shuffle_outputs drew them
+        summary = summarize(difference, base_losses, tuned_losses, np.repeat(others, dataset.outputs), dataset.true_roles(), o.threshold)
         summary |= {"samples": len(dataset.kept), "shuffled": len(shuffled_samples), "dropped": dataset.dropped,
                     "seconds": dict(zip(("base", "tune", "tuned"), np.diff(clock).round(1).tolist()))}
         write_json(os.path.join(o.out, "summary.json"), summary)
         write_page(os.path.join(o.out, "labels.html"), "SHAD: reasoning and boilerplate tokens",
                    picture(dataset, difference, base_losses, tuned_losses, o.threshold, summary))
-        save_labels(o.out, difference, dataset, o.model, o.threshold, o.seed)          # last: their presence says that all is there
+        save_labels(o.out, difference, dataset, o.model, o.threshold, o.seed)      # last: their presence says that all is there
         shutil.rmtree(parts)
         print(describe(summary))
     barrier()                                                                       # the other ranks read what rank 0 wrote
     return load_labels(o.out, dataset)[0]
+
+
+def take_up(parts: str, settings: dict) -> None:
+    """Make the folder of a run's parts, or find what a run with the same settings left. Raises DataError for other settings."""
+    path, (rank, _) = os.path.join(parts, "settings.json"), rank_and_world()
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            differs = [key for key, value in json.load(f).items() if settings.get(key) != value]
+        if differs:
+            raise DataError(f"{parts} was left by an unfinished run with another {' and '.join(differs)}; remove it, or choose another --out.")
+    elif rank == 0:
+        shutil.rmtree(parts, ignore_errors=True)                # killed while it was removed
+    barrier()                                                   # every rank has looked
+    if rank == 0:
+        os.makedirs(parts, exist_ok=True)
+        write_json(path, settings)
 
 
 def summarize(difference, base, tuned, others, roles, threshold) -> dict:
@@ -201,7 +209,7 @@ def summarize(difference, base, tuned, others, roles, threshold) -> dict:
         judged = others if others.any() else ~others
         true, predicted = roles["reasoning"][judged], reasoning[judged]
         summary["truth"] = {
-            "tokens": int(judged.sum()), "error": mean(true != predicted), "auc": auc(difference[judged], true),
+            "tokens": int(judged.sum()), "shuffled_too": not others.any(), "error": mean(true != predicted), "auc": auc(difference[judged], true),
             "missed_reasoning": mean(~predicted[true]), "boilerplate_called_reasoning": mean(predicted[~true]),
             "base_loss_reasoning": mean(base[judged][true]), "base_loss_boilerplate": mean(base[judged][~true]),
             "tuned_loss_reasoning": mean(tuned[judged][true]), "tuned_loss_boilerplate": mean(tuned[judged][~true])}
@@ -219,8 +227,8 @@ def describe(s: dict) -> str:
                         f"   boilerplate {number(d['base_loss_boilerplate'])} ->{number(d['tuned_loss_boilerplate'])}")
     if "truth" in s:
         t = s["truth"]
-        rows.append(f"  against the true roles of {t['tokens']:,} tokens of samples not shuffled: error {t['error']:.2%}, "
-                    f"AUC {t['auc']:.3f}")
+        rows.append(f"  against the true roles of {t['tokens']:,} tokens of {'all samples, shuffled ones too' if t['shuffled_too'] else 'samples not shuffled'}: "
+                    f"error {t['error']:.2%}, AUC {t['auc']:.3f}")
     return "\n".join(rows)
 
 
@@ -284,11 +292,13 @@ def sample_html(dataset: Dataset, i: int, difference, threshold: float, details=
 
 def histogram_svg(difference, threshold: float, low=-8.0, high=8.0, bins=64) -> str:
     """A histogram of LD; heights are square roots, or the peak at zero would hide the rest."""
-    counts, edges = np.histogram(np.clip(difference, low, high - 1e-6), bins=bins, range=(low, high))
-    width, height = 720 / bins, 150 * np.sqrt(counts / max(1, counts.max()))
-    bars = "".join(f'<rect x="{j * width:.1f}" y="{160 - h:.1f}" width="{width - 1:.1f}" height="{h:.1f}" '
-                   f'fill="{"#4caf6e" if edges[j] >= threshold else "#d9b43a"}"><title>LD {edges[j]:.2f} to {edges[j + 1]:.2f}: '
-                   f'{counts[j]:,} tokens</title></rect>' for j, h in enumerate(height))
+    groups = [(name, colour, np.histogram(np.clip(difference[mask], low, high - 1e-6), bins, (low, high)))
+              for name, colour, mask in (("reasoning", "#4caf6e", classify(difference, threshold)),
+                                         ("boilerplate", "#d9b43a", ~classify(difference, threshold)))]
+    most, width = max(1, max(counts.max() for _, _, (counts, _) in groups)), 720 / bins
+    bars = "".join(f'<rect x="{j * width:.1f}" y="{160 - h:.1f}" width="{width - 1:.1f}" height="{h:.1f}" fill="{colour}" fill-opacity=".8">'
+                   f'<title>{name}, LD {edges[j]:.2f} to {edges[j + 1]:.2f}: {counts[j]:,} tokens</title></rect>'
+                   for name, colour, (counts, edges) in groups for j, h in enumerate(150 * np.sqrt(counts / most)) if counts[j])
     ticks = "".join(f'<text x="{(v - low) / (high - low) * 720:.0f}" y="176" font-size="11" text-anchor="middle">{v:+d}</text>'
                     for v in range(int(low) + 2, int(high), 2))
     return f'<svg viewBox="0 0 720 182" width="720" role="img" aria-label="histogram of LD">{bars}{ticks}</svg>'
@@ -312,6 +322,9 @@ def main():
     o = parse_options(Options, __doc__)
     device, (rank, world) = init_distributed(), rank_and_world()
     o.model = resolve(o.model)
+    if os.path.exists(os.path.join(o.out, "labels.safetensors")):
+        raise DataError(f"{o.out}/labels.safetensors is there already; choose another --out, or remove it.")
+    barrier()                                                   # every rank has looked
     dataset = Dataset.load(o.data, o.model, o.template, o.max_length)
     if rank == 0:
         print(dataset.describe())

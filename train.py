@@ -43,25 +43,26 @@ class Options:
     # method
     method: str = option("rft", "how tokens are weighted", choices=list(METHODS))
     labels: str = option(None, "labels of shad.py (a directory); rft without them runs SHAD first, into OUT/labels")
-    tau: float = option(3.0, "temperature of RFT's softmax, in nats")
+    threshold: float = option(None, "loss difference above which a token is reasoning, in nats (default: the labels' own)", type=float)
+    tau: float = option(3.0, "temperature of RFT's softmax, in nats", low=0.01)
     scope: str = option("sample", "RFT's weights are made per sample, or once for the global batch", choices=["sample", "batch"])
     reduce: str = option("mean", "a group's loss is its tokens' mean, or their sum as the formula literally says (it saturates)",
                          choices=["mean", "sum"])
     # optimization
-    epochs: int = option(1, "passes over the data")
+    epochs: int = option(1, "passes over the data", low=1)
     steps: int = option(0, "stop after this many steps instead, however many epochs that takes; 0: by --epochs")
     lr: float = option(2e-5, "peak learning rate; linear warm-up, then a cosine down to a tenth")
     warmup: float = option(0.03, "share of the steps that warm up")
     weight_decay: float = option(0.0, "decoupled weight decay of the matrices")
     clip: float = option(1.0, "largest gradient norm")
-    batch_tokens: int = option(8192, "tokens of a global batch")
-    micro_tokens: int = option(4096, "tokens of one forward on one rank, padding included")
-    max_length: int = option(2048, "longer samples are dropped, in tokens")
+    batch_tokens: int = option(8192, "tokens of a global batch", low=1)
+    micro_tokens: int = option(4096, "tokens of one forward on one rank, padding included", low=1)
+    max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
     template: str = option("auto", "chat template", choices=["auto", "chatml", "plain"])
     seed: int = option(0, "seed of the batch order")
     # scale and safety
-    checkpoint_every: int = option(500, "steps between checkpoints in OUT/checkpoints; 0: only when told to stop, by SIGTERM")
-    keep: int = option(2, "checkpoints to keep")
+    checkpoint_every: int = option(500, "steps between checkpoints in OUT/checkpoints; 0: only when told to stop, by SIGTERM or Ctrl-C")
+    keep: int = option(2, "checkpoints to keep", low=1)
     resume: bool = option(False, "go on from the newest checkpoint in OUT, on any number of ranks; from the beginning without one")
     shard: str = option("auto", "split weights, gradients and optimizer over the ranks (FSDP2); auto: with several GPUs",
                         choices=["auto", "yes", "no"])
@@ -79,33 +80,34 @@ def backward(model, dataset: Dataset, labels, batch, o: Options):
     whole = SimpleNamespace(samples=len(batch), tokens=int(dataset.outputs[batch].sum()))
     pieces = micro_batches(batch, dataset.lengths, o.micro_tokens, rank, world)
     differences, threshold = labels or (None, 0.0)
-    sums = [torch.zeros((), device=device), *torch.zeros(3, 2, device=device)]
+    only_one = len(pieces) == 1                             # micro-batch, on every rank
+    total = {"loss": torch.zeros((), device=device)} | {name: torch.zeros(2, device=device) for name in ("L", "n", "w")}
 
     def forward(indices):
         tokens, targets, LD = collate(dataset, indices, differences, device)
         with mixed_precision(device):
             return model(tokens, targets), shad.classify(LD, threshold), targets != -100        # (B, T) each
 
-    ready = None
+    kept = None                                             # a forward whose graph can still be used
     if o.method != "sft" and o.scope == "batch":
         # the weights need the losses of the whole batch before any backward: a pass without gradients,
-        # or, where every rank has a single micro-batch, its one forward kept
+        # or, where there is a single micro-batch, its one forward kept
         L, n = torch.zeros(2, device=device), torch.zeros(2, device=device)
-        with torch.set_grad_enabled(len(pieces) == 1):
+        with torch.set_grad_enabled(only_one):
             for indices in pieces:
-                ready = forward(indices)
-                more = group_losses(*ready, "sum")
-                L, n = L + more[0].detach().sum(-1), n + more[1].sum(-1)
+                kept = losses, is_reasoning, is_output = forward(indices)
+                L_piece, n_piece = group_losses(losses.detach(), is_reasoning, is_output, "sum")
+                L, n = L + L_piece.sum(-1), n + n_piece.sum(-1)
         sum_over_ranks(L, n)
         whole.L, whole.n = (L if o.reduce == "sum" else L / n.clamp(min=1)), n
     for indices in pieces:
-        losses, is_reasoning, is_output = ready if ready and len(pieces) == 1 else forward(indices)
+        losses, is_reasoning, is_output = kept if kept and only_one else forward(indices)
         loss, w = METHODS[o.method](losses, is_reasoning, is_output, whole, o)
         loss.backward()
         L, n = group_losses(losses.detach(), is_reasoning, is_output, "sum")                    # (2, B)
-        for total, new in zip(sums, (loss.detach(), L.sum(1), n.sum(1), w)):
-            total += new
-    return sums
+        for name, share in (("loss", loss.detach()), ("L", L.sum(1)), ("n", n.sum(1)), ("w", w)):
+            total[name] += share
+    return total["loss"], total["L"], total["n"], total["w"]
 
 
 @torch.no_grad()
@@ -138,7 +140,7 @@ def train(model: Transformer, dataset: Dataset, labels, o: Options) -> list[dict
     """
     rank, _ = rank_and_world()
     batches, epoch = [], 0
-    while len(batches) < o.steps if o.steps else epoch < o.epochs:
+    while (len(batches) < o.steps) if o.steps else (epoch < o.epochs):
         batches += epoch_batches(dataset.lengths, dataset.kept, o.batch_tokens, o.seed, epoch)
         epoch += 1
     batches = batches[:o.steps or None]
@@ -172,17 +174,19 @@ def train(model: Transformer, dataset: Dataset, labels, o: Options) -> list[dict
                             "The checkpoints made before are as they were.")
         optimizer.step()
         optimizer.zero_grad()
-        known, mean = labels is not None, lambda g: L[g] / n[g] if n[g] else None
+        known = labels is not None
+        boilerplate, reasoning = (L[g] / n[g] if n[g] else None for g in (0, 1))
         metrics.append({
             "step": step + 1, "loss": loss,
-            "loss_reasoning": mean(1) if known else None, "loss_boilerplate": mean(0) if known else None,
+            "loss_reasoning": reasoning if known else None, "loss_boilerplate": boilerplate if known else None,
             "weight_reasoning": w[1] if known else None, "weight_boilerplate": w[0] if known else None,
             "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm,
             "tokens_per_s": round(float(dataset.lengths[batch].sum()) / (time.perf_counter() - start), 1)})
         if rank == 0:
             log.write(json.dumps(metrics[-1]) + "\n")
             log.flush()
-            bar.set_postfix({"loss": f"{loss:.3f}"} | ({"r": f"{mean(1) or 0:.3f}", "b": f"{mean(0) or 0:.3f}"} if known else {}))
+            bar.set_postfix({"loss": f"{loss:.3f}"} | (
+                {"r": f"{reasoning or 0:.3f}", "b": f"{boilerplate or 0:.3f}"} if known else {}))
         if stop or o.checkpoint_every and (step + 1) % o.checkpoint_every == 0:
             save_checkpoint(o.out, step + 1, model, optimizer, run, o.keep)
         if stop:
@@ -204,8 +208,18 @@ def train(model: Transformer, dataset: Dataset, labels, o: Options) -> list[dict
 # Checkpoints: OUT/checkpoints/step-00000500, torch.distributed.checkpoint's files plus state.json. Each rank writes its own
 # shard; any number of ranks can read it. Whatever ends a run, a directory of that name is whole: it is renamed when it is.
 
-told_to_stop = threading.Event()            # by SIGTERM, with which schedulers announce that they take the machine away
-MAY_CHANGE = {"model", "data", "out", "labels", "micro_tokens", "checkpoint_every", "keep", "resume", "shard", "recompute", "compile"}
+told_to_stop = threading.Event()            # by SIGTERM, with which schedulers announce that they take the machine away, or Ctrl-C
+
+
+def stop_after_this_step(number, _) -> None:
+    told_to_stop.set()
+    if number == signal.SIGINT:
+        print("\nstopping after this step, with a checkpoint; Ctrl-C again to stop at once", file=sys.stderr)
+        signal.signal(number, signal.default_int_handler)
+
+
+# options that may differ on --resume; data and labels are compared by their content instead
+MAY_CHANGE = {"model", "data", "out", "labels", "micro_tokens", "checkpoint_every", "keep", "resume", "shard", "recompute", "compile", "threshold"}
 warnings.filterwarnings("ignore", "torch.distributed is disabled")      # said at every checkpoint of a single process
 
 
@@ -285,9 +299,14 @@ def load_checkpoint(out: str, model, optimizer, run: dict) -> int:
 def reason(error: BaseException) -> str:
     """The first cause of an error, in one line."""
     cause = error
-    while cause:                                            # failures: {rank: (its error, its stack)}
-        error, failures = cause, getattr(cause, "failures", None)
-        cause = next(iter(failures.values()))[0] if failures else None if cause.__suppress_context__ else cause.__context__
+    while cause:
+        error, failures = cause, getattr(cause, "failures", None)       # {rank: (its error, its stack)}
+        if failures:
+            cause = next(iter(failures.values()))[0]
+        elif cause.__suppress_context__:
+            break
+        else:
+            cause = cause.__context__
     return (str(error) or type(error).__name__).strip().split("\n")[0]
 
 
@@ -310,7 +329,9 @@ def main():
     o.model = resolve(o.model)
     if os.path.exists(os.path.join(o.out, "model", "config.json")):
         if o.resume:
-            return print(f"{o.out}/model is finished: nothing to resume") if rank == 0 else None
+            if rank == 0:
+                print(f"{o.out}/model is finished: nothing to resume")
+            return
         raise DataError(f"{o.out}/model already holds a trained model; choose another --out, or remove it.")
     if os.path.isdir(os.path.join(o.out, "checkpoints")) and os.listdir(os.path.join(o.out, "checkpoints")) and not o.resume:
         raise DataError(f"{o.out}/checkpoints holds an unfinished run; go on with --resume, choose another --out, or remove it.")
@@ -329,7 +350,10 @@ def main():
             if rank == 0:
                 print(f"wrote {o.labels}/labels.safetensors and labels.html")
     labels = load_labels(o.labels, dataset) if o.labels else None
-    signal.signal(signal.SIGTERM, lambda *_: told_to_stop.set())
+    if labels and o.threshold is not None:
+        labels = labels[0], o.threshold
+    for number in (signal.SIGTERM, signal.SIGINT):          # from here on a checkpoint can be written
+        signal.signal(number, stop_after_this_step)
     model = base()
     model.recompute = o.recompute
     if o.compile:
@@ -339,7 +363,8 @@ def main():
         first, last = metrics[0], metrics[-1]
         groups = f" (reasoning {last['loss_reasoning']:.3f}, boilerplate {last['loss_boilerplate']:.3f})" if labels else ""
         print(f"\n{o.method}: {len(metrics)} steps, loss {first['loss']:.3f} -> {last['loss']:.3f}{groups}\n"
-              f"wrote {o.out}/model (a Hugging Face directory) and {o.out}/metrics.jsonl. Next:\n"
+              f"wrote {o.out}/model (a Hugging Face directory) and {o.out}/metrics.jsonl"
+              + (f"; {o.out}/checkpoints is of no more use" if checkpoints(os.path.join(o.out, "checkpoints")) else "") + ". Next:\n"
               f"  python eval.py loss --model {o.out}/model --data HELD_OUT.json --out {o.out}/eval")
 
 
@@ -375,7 +400,7 @@ def reproduce(out: str = "out", seed: int = 0) -> dict:
                 + "".join(shad.sample_html(dataset, i, difference, 0.0) for i in range(12)))
         shad.write_page(os.path.join(out, "report.html"), "SHAD + RFT on the toy", body)
         write_json(os.path.join(out, "summary.json"), {"seed": seed, "shad": labels, "models": summaries})
-        say(f"\n{shad.describe(labels)}\n\n{eval.format_table(eval.comparison_rows(summaries))}\n\n"
+        say(f"\n{eval.format_table(eval.comparison_rows(summaries))}\n\n"
             f"{time.perf_counter() - start:.0f} s. Look at {out}/report.html (curves, coloured tokens) and {out}/labels/labels.html. Next, "
             "with your own model and data:\n  python train.py --model DIR_OR_HUB_ID --data train.json --method rft --out OUT")
     return summaries

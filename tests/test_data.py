@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, processors
 from tqdm import tqdm
 
 import data
-from data import (MARKS, DataError, Dataset, Message, Renderer, Sample, call_parts, collate, epoch_batches, list_elements,
+from data import (MARKS, TOOL_PROMPT, DataError, Dataset, Message, Renderer, Sample, call_parts, collate, epoch_batches, list_elements,
                   load_labels, micro_batches, read_samples, save_labels, shuffle_outputs, toy_samples, toy_tokenizer)
 from tiny import apigen, make_tokenizer, talk, write
 
@@ -92,6 +92,16 @@ def test_messages(tmp_path):
         ("system", "Be brief.", False), ("user", "Weather in Köln?", False),
         ("assistant", '[{"name": "weather", "arguments": {"city": "Köln"}}]', True),
         ("tool", "rain", False), ("assistant", "It rains.", True)]
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    for first, record["messages"] in ((["Be brief."], record["messages"]), ([], record["messages"][1:])):
+        sample, = read_samples(write(tmp_path / "t.json", [record | {"tools": tools}]))
+        assert sample.messages[0] == Message("system", "\n\n".join([*first, TOOL_PROMPT.format(json.dumps(tools))]))
+        assert [m.role for m in sample.messages] == ["system", "user", "assistant", "tool", "assistant"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    (tmp_path / "b.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(apigen(2)).encode())
+    assert len(read_samples(str(tmp_path / "b.json"))) == 2
 
 
 def test_json_lines_and_slices(tmp_path):

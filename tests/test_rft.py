@@ -29,7 +29,7 @@ def some(n=23, seed=0):
 def test_formula(tau, reduce):
     for seed in range(20):
         losses, is_reasoning = some(seed=seed)
-        assert rft_loss(losses, is_reasoning, tau, reduce).item() == pytest.approx(formula(losses, is_reasoning, tau, reduce)[0], rel=1e-5)
+        assert rft_loss(losses, is_reasoning, tau, reduce=reduce).item() == pytest.approx(formula(losses, is_reasoning, tau, reduce)[0], rel=1e-5)
 
 
 def test_default_tau_is_3_and_reduce_is_mean():
@@ -41,7 +41,7 @@ def test_default_tau_is_3_and_reduce_is_mean():
 def test_no_gradient_through_the_weights(reduce):
     losses, is_reasoning = some()
     losses.requires_grad_()
-    rft_loss(losses, is_reasoning, 3.0, reduce).backward()
+    rft_loss(losses, is_reasoning, 3.0, reduce=reduce).backward()
     _, w_b, w_r = formula(losses, is_reasoning, 3.0, reduce)
     n_r = int(is_reasoning.sum())
     n_b = len(losses) - n_r
@@ -95,7 +95,7 @@ def test_rows_of_a_batch_are_single_samples():
     is_output = torch.rand(losses.shape) < 0.7
     is_reasoning[1], is_output[2] = True, False
     for reduce in ("mean", "sum"):
-        together = rft_loss(losses, is_reasoning, 2.0, reduce, is_output)
+        together = rft_loss(losses, is_reasoning, 2.0, reduce=reduce, is_output=is_output)
         for b in range(4):
             keep = is_output[b]
             assert together[b].item() == pytest.approx(formula(losses[b][keep], is_reasoning[b][keep], 2.0, reduce)[0], rel=1e-5)

@@ -211,6 +211,9 @@ def test_eval_toy_predictions(work, tmp_path):
     ("train.py", "--model model --data data.json --max-length 5 --out o", "--max-length"),
     ("train.py", "--model model --data data.json --labels labels --out rft", "rft/model"),
     ("eval.py", "toy --out o", "--model"),
+    ("train.py", "--model model --data data.json --epochs 0 --out o", "--epochs must be at least 1"),
+    ("train.py", "--model model --data data.json --tau 0 --out o", "--tau must be at least"),
+    ("shad.py", "--model model --data data.json --shuffle -3 --out o", "--shuffle must be at least 0"),
     ("eval.py", "toy --predictions broken.jsonl --out o", "broken.jsonl"),
     ("eval.py", "toy --predictions null.jsonl --out o", "null.jsonl"),
 ], ids=lambda x: x if " " in x else "")
@@ -226,8 +229,9 @@ def test_bad_input(work, rft, script, arguments, said):
             f.truncate(5000)
     done = call(work, script, *arguments.split())
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr and len(done.stderr.strip().split("\n")) == 1, done.stderr
-    assert said in done.stderr and done.stderr.startswith(script + ": ")
+    sentence = done.stderr.strip().split("\n")
+    assert "Traceback" not in done.stderr and (len(sentence) == 1 or sentence[0].startswith("usage:")), done.stderr
+    assert said in sentence[-1] and sentence[-1].startswith(script + ": ")
     assert not (work / "o" / "model").exists()
 
 

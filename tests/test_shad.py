@@ -1,4 +1,7 @@
 """SHAD's parts: the area under the curve, the threshold, per-token losses, the coloured pieces."""
+import json
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +9,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, processors
 
 import shad
-from data import Dataset, Renderer, toy_samples, toy_tokenizer
+from data import Dataset, Renderer, draw, toy_samples, toy_tokenizer
 from model import Transformer
 from tiny import apigen, talk, write
 
@@ -92,3 +95,21 @@ def test_a_model_tuned_on_shuffled_outputs_loses_what_the_inputs_told(chatml, tm
     expected = shad.token_losses(model, dataset, 2048, "") - shad.token_losses(before, dataset, 2048, "")
     np.testing.assert_allclose(difference, expected, rtol=0, atol=1e-4)
     assert difference.mean() < -0.05                                # it did learn something
+
+
+def test_the_picture_and_the_summary_say_what_is_so():
+    zeros = shad.histogram_svg(np.zeros(9, np.float32), 0.0)               # LD = 0 is boilerplate
+    assert "boilerplate, LD" in zeros and "reasoning, LD" not in zeros
+    roles, losses = {"reasoning": np.array([True, False])}, np.zeros(2, np.float32)
+    for others, said in ((np.array([False, False]), "shuffled ones too"), (np.array([True, True]), "samples not shuffled")):
+        summary = shad.summarize(np.array([1.0, -1.0], np.float32), losses, losses, others, roles, 0.0)
+        assert said in shad.describe(summary | {"samples": 2, "shuffled": 2})
+
+
+def test_samples_of_the_same_name_are_told_apart(chatml, tmp_path):
+    """Two files may use the same ids: what was shuffled goes by the place in the data."""
+    dataset = Dataset.load([write(tmp_path / f"{name}.json", apigen(20)) for name in "ab"], chatml, "auto", 2048)
+    shad.run(shad.Options(model=chatml, data=[""], out=str(tmp_path / "out"), shuffle=10), dataset, Transformer.from_pretrained(chatml))
+    drawn = {int(i) for i in draw(40, 10 / 40, random.Random(0))}
+    truth = json.loads((tmp_path / "out" / "summary.json").read_text())["truth"]
+    assert truth["tokens"] == sum(int(n) for i, n in enumerate(dataset.outputs) if i not in drawn) and not truth["shuffled_too"]

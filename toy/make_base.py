@@ -8,6 +8,7 @@ filler words are drawn anew for every document. Writes config.json, model.safete
 """
 import os
 import random
+import sys
 
 import torch
 from tqdm import tqdm
@@ -156,4 +157,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(__doc__)
     main()
