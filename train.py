@@ -194,8 +194,8 @@ def train(model: Transformer, dataset: Dataset, labels, o: Options) -> list[dict
                 print(f"\ntold to stop: {o.out}/checkpoints holds step {step + 1} of {len(batches)}; the same command with --resume goes on.")
             sys.exit(0)
     bar.close()
-    final = os.path.join(o.out, "model")
-    model.save_pretrained(final + ".tmp", getattr(torch, str(model.config.other.get("torch_dtype")), None))     # the base's own dtype
+    final, stored = os.path.join(o.out, "model"), model.config.other                 # transformers 5 says dtype, 4 torch_dtype
+    model.save_pretrained(final + ".tmp", getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")), None))
     if rank == 0:
         log.close()
         copy_tokenizer(dataset.renderer.directory, final + ".tmp")

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from safetensors import safe_open
 
 from data import Dataset, Renderer, epoch_batches, micro_batches, read_record
 from model import Transformer, sum_gradients, sum_over_ranks, whole
@@ -169,6 +170,16 @@ def test_training_lowers_the_loss_and_writes_its_metrics(chatml, tmp_path, case)
     saved = Transformer.from_pretrained(str(tmp_path / "model"))
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), model.parameters()))
     assert os.path.isfile(tmp_path / "model" / "tokenizer.json")
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_model_is_saved_in_the_base_s_own_dtype(chatml, tmp_path, key):
+    model, dataset, _ = problem(chatml)
+    model.config.other = {key: "bfloat16"}
+    train(model, dataset, None, options(chatml, tmp_path, method="sft", steps=1))
+    with safe_open(tmp_path / "model" / "model.safetensors", framework="pt") as f:
+        assert {f.get_tensor(name).dtype for name in f.keys()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 def test_sft_without_labels_knows_no_groups(chatml, tmp_path):
