@@ -166,37 +166,42 @@ def read_outputs(folder: str, settings: dict) -> dict[str, str | None]:
     return outputs
 
 
+def keep_outputs(items: list[Item], folder: str, settings: dict, title: str, work) -> dict:
+    """{item id: output} of all items. work(mine, done) makes this rank's share and calls done(item, output) as each is ready.
+
+    Each is appended to folder/outputs.RANK.jsonl; those already there under the same settings are not asked again.
+    """
+    os.makedirs(folder, exist_ok=True)
+    (rank, world), kept = rank_and_world(), read_outputs(folder, settings)
+    barrier()                                               # every rank has read before any writes
+    mine = [item for item in items if item.id not in kept][rank::world]
+    with open_log(os.path.join(folder, f"outputs.{rank}.jsonl"), settings) as log, tqdm(
+            total=len(mine), desc=title, unit="item", disable=rank > 0) as bar:
+        def done(item, output):
+            bar.update()
+            log.write(json.dumps({"id": item.id, "output": output}) + "\n")
+            log.flush()
+
+        work(mine, done)
+    barrier()
+    return read_outputs(folder, settings)
+
+
 def generate_outputs(model: Transformer, renderer: Renderer, items: list[Item], max_new_tokens: int = 96, max_length: int = 0,
                      cache_tokens: int = 16384, folder: str | None = None, settings: dict | None = None) -> dict[str, str | None]:
     """Greedy outputs {item id: text, or None where the prompt leaves no room}.
 
-    With a folder each is appended to folder/outputs.RANK.jsonl when it is done, those already there under the same settings are
-    not asked again, and the ranks share the rest; without, every rank generates all.
+    With a folder they are kept there and the ranks share them; without, every rank generates all.
     """
-    (rank, world), log, done = rank_and_world() if folder else (0, 1), None, {}
-    if folder:
-        os.makedirs(folder, exist_ok=True)
-        done = read_outputs(folder, settings)
-        barrier()                                       # every rank has read before any writes
-        log = open_log(os.path.join(folder, f"outputs.{rank}.jsonl"), settings)
-    todo = [item for item in items if item.id not in done]
-    mine = sorted(todo, key=lambda item: sum(len(m.text) for m in item.messages))[rank::world]     # a fair share of the long ones
-    bar = tqdm(total=len(mine), desc="generate", unit="item", disable=rank_and_world()[0] > 0)
-
-    def finished(i, text):
-        bar.update()
-        if log:
-            log.write(json.dumps({"id": mine[i].id, "output": text}) + "\n")
-            log.flush()
-
     speak = speaker(model, renderer, max_new_tokens, max_length, cache_tokens)
-    outputs = dict(zip([item.id for item in mine], speak([item.messages for item in mine], finished)))
-    bar.close()
-    if not folder:
-        return outputs
-    log.close()
-    barrier()
-    return read_outputs(folder, settings)
+    ask = lambda mine, done: speak([item.messages for item in mine], lambda i, text: done(mine[i], text))
+    items = sorted(items, key=lambda item: sum(len(m.text) for m in item.messages))         # a fair share of the long ones
+    if folder:
+        return keep_outputs(items, folder, settings, "generate", ask)
+    outputs = {}
+    with tqdm(total=len(items), desc="generate", unit="item", disable=rank_and_world()[0] > 0) as bar:
+        ask(items, lambda item, text: (outputs.__setitem__(item.id, text), bar.update()))
+    return outputs
 
 
 def open_log(path: str, settings: dict):
@@ -1638,23 +1643,7 @@ def stb_outputs(o: Options, items: list[Item], speak, settings: dict) -> dict[st
     """The traces of all items; they are kept in OUT/outputs.RANK.jsonl as they end, and the ranks share those not there yet."""
     call = (stb_server(o.server, os.environ.get("TOOLBENCH_KEY", "")) if o.server else stb_cache(o.cache) if o.cache
             else stb_recorded(o.recorded) if o.recorded else stb_stored(lambda *_: {}))
-    os.makedirs(o.out, exist_ok=True)
-    (rank, world), kept = rank_and_world(), read_outputs(o.out, settings)
-    barrier()                                               # every rank has read before any writes
-    mine = [item for item in items if item.id not in kept][rank::world]
-    log = open_log(os.path.join(o.out, f"outputs.{rank}.jsonl"), settings)
-    bar = tqdm(total=len(mine), desc="agent", unit="query", disable=rank > 0)
-
-    def done(item, trace):
-        bar.update()
-        log.write(json.dumps({"id": item.id, "output": trace}) + "\n")
-        log.flush()
-
-    stb_run(mine, speak, call, o.max_steps, done)
-    bar.close()
-    log.close()
-    barrier()
-    return read_outputs(o.out, settings)
+    return keep_outputs(items, o.out, settings, "agent", lambda mine, done: stb_run(mine, speak, call, o.max_steps, done))
 
 
 def stb_verdicts(o: Options, items: list[Item], traces: dict[str, list[dict]]) -> list[dict]:
