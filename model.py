@@ -549,6 +549,11 @@ def compile_blocks(model: Transformer) -> None:
         block.compute = torch.compile(block.compute, dynamic=True)
 
 
+def wants_shards(choice: str, device: torch.device) -> bool:
+    """Is a model to be sharded? choice: "yes", "no", or "auto", which shards over several GPUs."""
+    return dist.is_initialized() and dist.get_world_size() > 1 and (choice == "yes" or choice == "auto" and device.type == "cuda")
+
+
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Is it a DTensor, as the parameters and gradients of a sharded model are?"""
     return hasattr(tensor, "full_tensor")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import (DataError, Dataset, collate, draw, epoch_batches, load_labels, micro_batches, option, parse_options, run_script,
                   save_labels, shuffle_outputs)
 from model import (CheckpointError, Transformer, barrier, clip_gradients, init_distributed, mixed_precision,
-                   rank_and_world, resolve, sum_gradients, sum_over_ranks, write_json)
+                   rank_and_world, resolve, sum_gradients, sum_over_ranks, wants_shards, write_json)
 
 
 @dataclass
@@ -320,7 +320,7 @@ def picture(dataset: Dataset, difference, base, tuned, threshold: float, summary
 
 def main():
     o = parse_options(Options, __doc__)
-    device, (rank, world) = init_distributed(), rank_and_world()
+    device, (rank, _) = init_distributed(), rank_and_world()
     o.model = resolve(o.model)
     if os.path.exists(os.path.join(o.out, "labels.safetensors")):
         raise DataError(f"{o.out}/labels.safetensors is there already; choose another --out, or remove it.")
@@ -328,7 +328,7 @@ def main():
     dataset = Dataset.load(o.data, o.model, o.template, o.max_length)
     if rank == 0:
         print(dataset.describe())
-    sharded = world > 1 and (o.shard == "yes" or o.shard == "auto" and device.type == "cuda")
+    sharded = wants_shards(o.shard, device)
     run(o, dataset, Transformer.from_pretrained(o.model, device=device, sharded=sharded))
     if rank == 0:
         print(f"\nwrote {o.out}/labels.safetensors, summary.json and labels.html (open it in a browser). Next:\n  "

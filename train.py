@@ -31,7 +31,7 @@ import shad
 from data import (DataError, Dataset, Renderer, collate, copy_tokenizer, epoch_batches, load_labels, micro_batches, option,
                   parse_options, run_script, toy_samples)
 from model import (CheckpointError, Transformer, barrier, clip_gradients, compile_blocks, init_distributed, mixed_precision,
-                   rank_and_world, resolve, sum_gradients, sum_over_ranks, write_json)
+                   rank_and_world, resolve, sum_gradients, sum_over_ranks, wants_shards, write_json)
 from rft import METHODS, group_losses
 
 
@@ -325,7 +325,7 @@ def open_metrics(path: str, steps: int):
 
 def main():
     o = parse_options(Options, __doc__)
-    device, (rank, world) = init_distributed(), rank_and_world()
+    device, (rank, _) = init_distributed(), rank_and_world()
     o.model = resolve(o.model)
     if os.path.exists(os.path.join(o.out, "model", "config.json")):
         if o.resume:
@@ -339,7 +339,7 @@ def main():
     dataset = Dataset.load(o.data, o.model, o.template, o.max_length)
     if rank == 0:
         print(dataset.describe())
-    sharded = world > 1 and (o.shard == "yes" or o.shard == "auto" and device.type == "cuda")
+    sharded = wants_shards(o.shard, device)
     base = lambda: Transformer.from_pretrained(o.model, device=device, sharded=sharded)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))    # SHAD keeps what it has done as it goes
     if o.method != "sft" and not o.labels:
