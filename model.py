@@ -10,9 +10,11 @@ no permuting. Batches are right-padded and attention is causal, so no attention 
 real token never sees padding, and SDPA stays on its fast path.
 """
 import atexit
+import ctypes
 import json
 import math
 import os
+import sys
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
@@ -217,13 +219,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, cache=None, recompute=False):
+    def forward(self, x, cos, sin, rows=None, cache=None, recompute=False):
         if cache is not None:
-            return Block.compute(self, x, cos, sin, cache)      # generation is not compiled: its cache grows
-        return remake(self.compute, x, cos, sin) if recompute else self.compute(x, cos, sin)
+            return Block.compute(self, x, cos, sin, rows, cache)        # generation is not compiled: its cache grows
+        return remake(self.compute, x, cos, sin, rows) if recompute else self.compute(x, cos, sin, rows)
 
-    def compute(self, x, cos, sin, cache=None):
+    def compute(self, x, cos, sin, rows=None, cache=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+        if rows is not None:                        # after the last attention no token needs another: go on with some alone
+            x = x.flatten(0, 1)[rows]                                                       # (n, H)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -249,8 +253,11 @@ class Transformer(nn.Module):
         """The output matrix, (V, H)."""
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
-    def hidden(self, tokens, positions=None, cache=None):
-        """Final hidden states (B, T, H) of tokens (B, T) int64; positions (B, T) default to 0, 1, 2, ..."""
+    def hidden(self, tokens, positions=None, rows=None, cache=None):
+        """Final hidden states (B, T, H) of tokens (B, T) int64; positions (B, T) default to 0, 1, 2, ...
+
+        rows: (n,) int64, indices into the B*T tokens; where given, only theirs are returned, (n, H).
+        """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
             if self.config.sliding_window and tokens.shape[1] > self.config.sliding_window:
@@ -259,8 +266,9 @@ class Transformer(nn.Module):
         angle = positions[:, :, None, None] * rope_frequencies(self.config, tokens.device)  # (B or 1, T, 1, head_dim/2)
         cos, sin = angle.cos(), angle.sin()
         x = self.model.embed_tokens(tokens)                                                 # (B, T, H)
-        for block in self.model.layers:
-            x = block(x, cos, sin, cache, self.recompute)
+        for block in self.model.layers[:-1]:
+            x = block(x, cos, sin, None, cache, self.recompute)
+        x = self.model.layers[-1](x, cos, sin, rows, cache, self.recompute)
         return self.model.norm(x)
 
     def forward(self, tokens, targets=None):
@@ -268,13 +276,13 @@ class Transformer(nn.Module):
 
         tokens: (B, T) int64, right-padded with any id. targets: (B, T) int64 already shifted (targets[b, t] follows
         tokens[b, t]), -100 where nothing is scored. Returns logits (B, T, V) in the model's dtype, or, with targets,
-        losses (B, T) float32 in nats, 0 where the target is -100. Prompt and padding cost no logits.
+        losses (B, T) float32 in nats, 0 where the target is -100. Prompt and padding cost no logits and no last MLP.
         """
-        x = self.hidden(tokens)
         if targets is None:
-            return F.linear(x, self.head)
-        losses = fused_cross_entropy(x.flatten(0, 1), self.head, targets.flatten())
-        return losses.view_as(targets).clone()      # FSDP hangs its hooks on what is returned, and warns of a view
+            return F.linear(self.hidden(tokens), self.head)
+        scored = targets != -100
+        losses = fused_cross_entropy(self.hidden(tokens, rows=scored.flatten().nonzero().squeeze(1)), self.head, targets[scored])
+        return losses.new_zeros(targets.shape).masked_scatter(scored, losses)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str, dtype=torch.float32, device="cpu", sharded=False) -> "Transformer":
@@ -494,10 +502,22 @@ def init_distributed() -> torch.device:
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_memory()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
     return device
+
+
+def keep_memory() -> None:
+    """On Linux's CPUs: take memory in large pages, and keep what is freed. The kernel hands out new pages zeroed and one by one,
+    which took 7 % of a training step. For a process of its own: call it before the first tensor is made."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch reads it when it first allocates
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):                            # glibc
+        libc.mallopt(-1, -1)                                # M_TRIM_THRESHOLD: never give the top of the heap back
+        libc.mallopt(-4, 0)                                 # M_MMAP_MAX: no mappings of their own for large tensors
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -696,7 +716,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
             positions = torch.tensor([len(prompts[i]) + len(outputs[i]) - 1 for i in alive], device=device)
             new = torch.tensor([[outputs[i][-1]] for i in alive], device=device)
             cache.place(0, len(alive), positions)
-            x.append(model.hidden(new, positions[:, None], cache)[:, 0])
+            x.append(model.hidden(new, positions[:, None], cache=cache)[:, 0])
         # much shorter prompts wait until the cache is empty, for one of more and shorter rows
         while waiting and len(alive) < cache.rows and 2 * room(waiting[-1]) > cache.capacity:
             width, first = len(prompts[waiting[-1]]), len(alive)

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import train
 from data import Dataset, Renderer, collate, epoch_batches, micro_batches, read_samples, toy_samples
-from model import Config, Transformer, _chunk_rows, compile_blocks, fused_cross_entropy, generate, memory_per_gpu, mixed_precision
+from model import Config, Transformer, _chunk_rows, compile_blocks, fused_cross_entropy, generate, keep_memory, memory_per_gpu, mixed_precision
 from rft import rft_loss
 
 
@@ -118,6 +118,7 @@ def bench_head(repeats: int) -> None:
 def trainer(kind: str, path: str, data: list, batch_tokens: int, max_length: int, pipe) -> None:
     dataset = Dataset.load(data, path, "auto", max_length)
     if kind == "ours":
+        keep_memory()                               # as train.py does
         model = Transformer.from_pretrained(path)
     else:
         import transformers
@@ -264,6 +265,7 @@ def trl_trainer(kind: str, path: str, data: list, count: int, batch: int, max_le
         clock[-1] = time.perf_counter()
 
     if kind.startswith("ours"):
+        keep_memory()                               # as train.py does
         model = Transformer.from_pretrained(path)
         o = train.Options(model=path, data=data, method="sft", micro_tokens=batch * max_length if kind == "ours" else 1024)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
