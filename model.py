@@ -512,7 +512,7 @@ def init_distributed() -> torch.device:
 
 def keep_memory() -> None:
     """On Linux's CPUs: take memory in large pages, and keep what is freed. The kernel hands out new pages zeroed and one by one,
-    which took 7 % of a training step. For a process of its own: call it before the first tensor is made."""
+    7 % of the time of a run's first steps. It is for the whole process: call it before the first tensor is made."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch reads it when it first allocates
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):                            # glibc
@@ -632,7 +632,7 @@ def memory_per_gpu(config: Config, gpus: int, micro_tokens: int, recompute=False
     """Bytes that a training step takes on each of `gpus`, by part; CUDA's own (about 1 GiB) and an allocator's slack come on top.
 
     More than one GPU: sharded, float32 masters, bf16 compute. One: bf16 autocast on "cuda", float32 on "cpu". AdamW; attention
-    that never holds its scores (SDPA's flash kernel).
+    that never holds its scores (SDPA's flash kernel); every token scored (the others need no last MLP).
     """
     c, whole_model = config, gpus == 1
     with torch.device("meta"):

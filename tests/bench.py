@@ -32,7 +32,7 @@ import torch.nn.functional as F
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import train
 from data import Dataset, Renderer, collate, epoch_batches, micro_batches, read_samples, toy_samples
-from model import Config, Transformer, _chunk_rows, compile_blocks, fused_cross_entropy, generate, keep_memory, memory_per_gpu, mixed_precision
+from model import Config, Transformer, _chunk_rows, compile_blocks, fused_cross_entropy, generate, init_distributed, memory_per_gpu, mixed_precision
 from rft import rft_loss
 
 
@@ -118,7 +118,7 @@ def bench_head(repeats: int) -> None:
 def trainer(kind: str, path: str, data: list, batch_tokens: int, max_length: int, pipe) -> None:
     dataset = Dataset.load(data, path, "auto", max_length)
     if kind == "ours":
-        keep_memory()                               # as train.py does
+        init_distributed()                          # as train.py begins
         model = Transformer.from_pretrained(path)
     else:
         import transformers
@@ -265,7 +265,7 @@ def trl_trainer(kind: str, path: str, data: list, count: int, batch: int, max_le
         clock[-1] = time.perf_counter()
 
     if kind.startswith("ours"):
-        keep_memory()                               # as train.py does
+        init_distributed()                          # as train.py begins
         model = Transformer.from_pretrained(path)
         o = train.Options(model=path, data=data, method="sft", micro_tokens=batch * max_length if kind == "ours" else 1024)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -290,16 +290,19 @@ def trl_trainer(kind: str, path: str, data: list, count: int, batch: int, max_le
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     arguments = trl.SFTConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch, max_length=max_length, num_train_epochs=1,
                               learning_rate=1e-5, lr_scheduler_type="constant", bf16=False, use_cpu=True, report_to=[], save_strategy="no",
-                              logging_strategy="no", disable_tqdm=True, dataset_kwargs={"skip_prepare_dataset": True},
+                              logging_strategy="no", disable_tqdm=True, include_num_input_tokens_seen="non_padding", dataset_kwargs={"skip_prepare_dataset": True},
                               gradient_checkpointing=kind == "TRL, recomputing (its default)")
 
     class Turns(transformers.TrainerCallback):
+        seen = 0
+
         def on_train_begin(self, *_, **__):
             reset_peak()
             tick(0)
 
         def on_step_end(self, _, state, *__, **___):
-            tick(0)
+            tick(state.num_input_tokens_seen - self.seen)
+            self.seen = state.num_input_tokens_seen
 
     trainer = trl.SFTTrainer(model=model, args=arguments, train_dataset=rows, callbacks=[Turns()],
                              processing_class=transformers.PreTrainedTokenizerFast(tokenizer_object=dataset.renderer.tokenizer,
@@ -328,49 +331,57 @@ def bench_trl(path: str, data: list, count: int, batch: int, max_length: int) ->
             else:
                 results[kind].append(result)
     print(f"\ntrl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}: {count} samples of at most {max_length} "
-          f"tokens, {total} real tokens, {batch} samples a step (ours: as many tokens a step), float32")
-    rate = {k: total / sum(t for t, _, _ in r) for k, r in results.items()}
+          f"tokens, {total} real tokens, {batch} samples a step (ours: as many tokens a step), float32; the first step left out of the speed")
+    rate = {k: sum(n for _, n, _ in r[1:]) / sum(t for t, _, _ in r[1:]) for k, r in results.items()}
     peak = {k: max(m for _, _, m in r) for k, r in results.items()}
     for k in kinds:
         beside = "; ".join(f"{rate[k] / rate[trl_kind]:.2f} x the tokens/s and {peak[k] / peak[trl_kind]:.2f} x the memory of {trl_kind}"
                            for trl_kind in kinds[:2])
-        print(f"  {k:32} {rate[k]:7.1f} tokens/s in {len(results[k])} steps   peak {peak[k]:6.0f} MiB   {beside}")
+        first, n = results[k][0][:2]
+        print(f"  {k:32} {rate[k]:7.1f} tokens/s in {len(results[k])} steps, {sum(n for _, n, _ in results[k])} tokens (the first: {n / first:.1f})   peak {peak[k]:6.0f} MiB   {beside}")
 
 
 # -----------------------------------------------------------------------------------------------------------------
 # flags: what --recompute and --compile do to a training step, and the peak beside the estimate of memory_per_gpu
 
-def flags_main(flag: str, path: str, data: list, micro_tokens: int, steps: int, pipe) -> None:
+def flags_main(flag: str, path: str, data: list, micro_tokens: int, pipe) -> None:
     torch.set_num_threads(1)
+    init_distributed()                              # as train.py begins
     before = memory("VmRSS")
     dataset, model = Dataset.load(data, path, "auto", micro_tokens), Transformer.from_pretrained(path)
-    batches = epoch_batches(dataset.lengths, dataset.kept, micro_tokens, seed=0)[:steps + 1]
     model.recompute = flag == "--recompute"
     if flag == "--compile":
         compile_blocks(model)
     o = train.Options(model=path, data=data, method="sft", micro_tokens=2 * micro_tokens)
-    optimizer, seconds = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     reset_peak()
-    for batch in batches:
+    for batch in iter(pipe.recv, None):
         start = time.perf_counter()
         train.backward(model, dataset, None, batch, o)
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append((time.perf_counter() - start) / dataset.lengths[batch].sum())
-    padded = max(len(batch) * int(dataset.lengths[batch].max()) for batch in batches)
-    estimate = sum(memory_per_gpu(model.config, 1, padded, model.recompute, "cpu").values()) / 2**20
-    pipe.send((seconds[0], statistics.median(seconds[1:]), memory("VmHWM") - before, estimate))
+        pipe.send((time.perf_counter() - start, memory("VmHWM") - before))
 
 
 def bench_flags(path: str, data: list, micro_tokens: int, steps: int) -> None:
-    print(f"\nflags, steps of about {micro_tokens} tokens, one thread; the first step, median of {steps} more, peak above the start, estimate")
-    for flag in ("", "--recompute", "--compile"):
-        ours, theirs = mp.Pipe()
-        process = mp.get_context("spawn").Process(target=flags_main, args=(flag, path, data, micro_tokens, steps, theirs))
-        process.start()
-        first, later, peak, estimate = ours.recv()
-        process.join()
-        print(f"  {flag or 'neither':12} {1e3 * first:7.2f} ms a token, then {1e3 * later:6.2f}   peak {peak:6.0f} MiB   estimated {estimate:6.0f} MiB", flush=True)
+    dataset = Dataset.load(data, path, "auto", micro_tokens)
+    batches = epoch_batches(dataset.lengths, dataset.kept, micro_tokens, seed=0)[:steps + 1]
+    config = Config.from_hf(json.load(open(os.path.join(path, "config.json"))))
+    padded = max(len(batch) * int(dataset.lengths[batch].max()) for batch in batches)
+    pipes, results = {}, {"": [], "--recompute": [], "--compile": []}
+    for flag in results:
+        pipes[flag], theirs = mp.Pipe()
+        mp.get_context("spawn").Process(target=flags_main, daemon=True, args=(flag, path, data, micro_tokens, theirs)).start()
+    for batch in batches:
+        for flag in results:
+            pipes[flag].send(batch)
+            results[flag].append(pipes[flag].recv())
+    print(f"\nflags, steps of about {micro_tokens} tokens in turns, one thread; the first step, median of {steps} more, peak above the start, estimate")
+    for flag, r in results.items():
+        times = sorted(t / base[0] for (t, _), base in zip(r[1:], results[""][1:]))
+        estimate = sum(memory_per_gpu(config, 1, padded, flag == "--recompute", "cpu").values()) / 2**20
+        print(f"  {flag or 'neither':12} {r[0][0]:6.1f} s, then {statistics.median(t for t, _ in r[1:]):6.2f} s, {statistics.median(times):.2f} x "
+              f"({times[0]:.2f} to {times[-1]:.2f})   peak {r[-1][1]:6.0f} MiB   estimated {estimate:6.0f} MiB")
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -378,6 +389,7 @@ def bench_flags(path: str, data: list, micro_tokens: int, steps: int) -> None:
 
 def data_main(path: str, steps: int, out: str, pipe) -> None:
     torch.set_num_threads(1)
+    init_distributed()                              # as train.py begins
     before, start = memory("RssAnon"), time.perf_counter()
     dataset = Dataset.load([path], train.TOY, "auto", 2048)
     loaded = time.perf_counter() - start

@@ -270,6 +270,21 @@ def test_memory_per_gpu_counts_what_is_remembered(family):
     assert bytes_on + one_block == pytest.approx(expected[1], rel=0.03)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_hidden_states_of_some_rows(recompute):
+    model, tokens, rows = make_model(V, seed=1), some_tokens(), torch.tensor([3, 5, 6, 20])
+    model.recompute, g = recompute, torch.randn(4, 32)
+    grads = []
+    for some in (model.hidden(tokens, rows=rows), model.hidden(tokens).flatten(0, 1)[rows]):
+        model.zero_grad()
+        some.backward(g)
+        grads.append([some] + [p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        assert model.hidden(tokens, rows=rows[:0]).shape == (0, 32)
+
+
 def test_recomputed_gradients_are_the_same():
     model, tokens = make_model(V), some_tokens()
     grads = {}
