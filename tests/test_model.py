@@ -258,6 +258,7 @@ def remembered(model, tokens):
     return sum(size for size, _ in kept.values())
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="there, attention on CPUs remembers more where heads share keys")
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_memory_per_gpu_counts_what_is_remembered(family):
     model, tokens = make_model(V, hidden_size=128, intermediate_size=320, num_hidden_layers=4, model_type=family), some_tokens(8, 65)
