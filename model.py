@@ -10,15 +10,14 @@ no permuting. Batches are right-padded and attention is causal, so no attention 
 real token never sees padding, and SDPA stays on its fast path.
 """
 import atexit
-import ctypes
+
+
 import json
 import math
 import os
-import sys
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -281,7 +280,8 @@ class Transformer(nn.Module):
         if targets is None:
             return F.linear(self.hidden(tokens), self.head)
         scored = targets != -100
-        losses = fused_cross_entropy(self.hidden(tokens, rows=scored.flatten().nonzero().squeeze(1)), self.head, targets[scored])
+        rows = scored.flatten().nonzero().squeeze(1)                                        # (n,)
+        losses = fused_cross_entropy(self.hidden(tokens, rows=rows), self.head, targets.flatten()[rows])
         return losses.new_zeros(targets.shape).masked_scatter(scored, losses)
 
     @classmethod
@@ -407,6 +407,20 @@ def write_json(path: str, content) -> None:
     os.replace(path + ".tmp", path)
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that may be sharded; then every rank must call this."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """This rank's rows of a tensor that may be sharded, and the number of the first: torch.chunk's cut, the last ones shorter."""
+    if not is_sharded(tensor):
+        return tensor.detach(), 0
+    rank, world = rank_and_world()
+    start = min(rank * math.ceil(len(tensor) / world), len(tensor))
+    return tensor.to_local().detach(), start
+
+
 # -----------------------------------------------------------------------------------------------------------------
 # Fused linear cross-entropy. Lifts out of this file with `import torch` alone.
 
@@ -490,253 +504,3 @@ class _FusedCrossEntropy(torch.autograd.Function):
                     else:
                         grad_weight += _mm(d.T, h)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# Many processes: every rank works on its share of a batch, and sums over ranks make it one batch. A rank holds the whole
-# model, or, of a sharded one (FSDP2), a block of rows of every parameter, its gradient and its optimizer state.
-
-def init_distributed() -> torch.device:
-    """Start torch.distributed where torchrun started us; the device of this process."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        keep_memory()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
-    return device
-
-
-def keep_memory() -> None:
-    """On Linux's CPUs: take memory in large pages, and keep what is freed. The kernel hands out new pages zeroed and one by one,
-    7 % of the time of a run's first steps. It is for the whole process: call it before the first tensor is made."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch reads it when it first allocates
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):                            # glibc
-        libc.mallopt(-1, -1)                                # M_TRIM_THRESHOLD: never give the top of the heap back
-        libc.mallopt(-4, 0)                                 # M_MMAP_MAX: no mappings of their own for large tensors
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def barrier() -> None:
-    """Wait until every rank has come here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def sum_over_ranks(*tensors: torch.Tensor) -> None:
-    """Replace each tensor by its sum over all ranks, in place."""
-    if dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-
-
-def shard(model: Transformer, device) -> Transformer:
-    """Split every parameter by rows over all ranks, in place; a block's are whole only while it computes. Nothing on one rank.
-
-    A forward and a backward gather parameters, so all ranks must run the same number of them: one with nothing left to do runs
-    a batch whose targets are all -100. The root's own parameters (embedding, last norm, head) stay whole from the start
-    of forward to the end of backward. On CUDA they are gathered in bf16, so that autocast has nothing to cast; gradients are
-    reduced in float32.
-    """
-    from torch.distributed.device_mesh import init_device_mesh      # imported here: they take a second
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    device = torch.device(device)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
-            raise CheckpointError(f"torch {torch.__version__} cannot shard a model on CPUs; use a newer one, or --shard no.")
-        bf16 = device.type == "cuda"
-        options = {"mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
-                   "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32,
-                                                     cast_forward_inputs=False)}        # cos and sin stay float32
-        for block in model.model.layers:
-            fully_shard(block, **options)
-        fully_shard(model, **options)
-    return model
-
-
-def compile_blocks(model: Transformer) -> None:
-    """torch.compile what a block computes. What surrounds it, gathering and recompute, stays outside: call it before
-    or after shard. The first step takes a minute more; one graph serves all blocks and lengths."""
-    for block in model.model.layers:
-        block.compute = torch.compile(block.compute, dynamic=True)
-
-
-def wants_shards(choice: str, device: torch.device) -> bool:
-    """Is a model to be sharded? choice: "yes", "no", or "auto", which shards over several GPUs."""
-    return dist.is_initialized() and dist.get_world_size() > 1 and (choice == "yes" or choice == "auto" and device.type == "cuda")
-
-
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Is it a DTensor, as the parameters and gradients of a sharded model are?"""
-    return hasattr(tensor, "full_tensor")
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor that may be sharded; then every rank must call this."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def own_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """This rank's rows of a tensor that may be sharded, and the number of the first: torch.chunk's cut, the last ones shorter."""
-    if not is_sharded(tensor):
-        return tensor.detach(), 0
-    rank, world = rank_and_world()
-    start = min(rank * math.ceil(len(tensor) / world), len(tensor))
-    return tensor.to_local().detach(), start
-
-
-BUCKET = 16 * 2**20         # gradients of one message, in numbers
-
-
-@torch.no_grad()
-def sum_gradients(model: nn.Module) -> None:
-    """The gradients of the global batch: each rank's share summed. A rank with nothing to score takes part with zeros."""
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    grads, (_, world) = [p.grad for p in model.parameters()], rank_and_world()
-    if is_sharded(grads[0]):
-        for grad in grads:
-            grad.mul_(world)                        # backward has reduced them already, to FSDP's mean over ranks
-    elif world > 1:
-        while grads:                                # a message for many small gradients
-            bucket, size = [], 0
-            while grads and (not bucket or size + grads[0].numel() <= BUCKET):
-                bucket.append(grads.pop(0))
-                size += bucket[-1].numel()
-            flat = torch.cat([grad.flatten() for grad in bucket])
-            dist.all_reduce(flat)
-            for grad, summed in zip(bucket, flat.split([grad.numel() for grad in bucket])):
-                grad.copy_(summed.view_as(grad))
-
-
-def clip_gradients(model: nn.Module, largest: float) -> float:
-    """Scale the gradients down to a global norm of `largest` if it is above; returns the norm before."""
-    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), largest)).item()
-
-
-def mixed_precision(device: torch.device):
-    """bf16 matrix products on CUDA, float32 on CPUs (where bf16 is slower). Losses stay float32, and so do the weights that the
-    optimizer sees, sharded or not."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def memory_per_gpu(config: Config, gpus: int, micro_tokens: int, recompute=False, device="cuda") -> dict[str, int]:
-    """Bytes that a training step takes on each of `gpus`, by part; CUDA's own (about 1 GiB) and an allocator's slack come on top.
-
-    More than one GPU: sharded, float32 masters, bf16 compute. One: bf16 autocast on "cuda", float32 on "cpu". AdamW; attention
-    that never holds its scores (SDPA's flash kernel); every token scored (the others need no last MLP).
-    """
-    c, whole_model = config, gpus == 1
-    with torch.device("meta"):
-        model = Transformer(c)
-    total, block = (sum(p.numel() for p in part.parameters()) for part in (model, model.model.layers[0]))
-    root, head = total - c.num_hidden_layers * block, c.vocab_size * c.hidden_size
-    size = 2 if device == "cuda" else 4             # bytes of a number in matrix products
-    stream = 4 if whole_model else size             # and between the blocks: autocast leaves that in float32
-    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    kept = 2 * c.hidden_size + 2 * q + 2 * kv + 2 * c.intermediate_size         # two norms; q, k, v and what they give; gate, up
-    kept += (q + kv) * (c.model_type == "qwen3")                                # q and k before their norms
-    kept = kept * size + 2 * c.hidden_size * stream + 4 * c.num_attention_heads # two inputs of norms; softmax sums
-    blocks = c.num_hidden_layers * c.hidden_size * stream + kept if recompute else c.num_hidden_layers * kept
-    if whole_model:
-        gathered = (total + head) * 2 if device == "cuda" else 0                # autocast's copies, and the loss's
-    else:       # this block's weights and the next's, its gradient, that again in float32 on its way; the root's likewise
-        gathered = block * (3 * size + 4) + root * (2 * size + 4)
-    return {"weights": 4 * total // gpus, "gradients": 4 * total // gpus, "optimizer": 8 * total // gpus, "gathered": gathered,
-            "activations": micro_tokens * (blocks + c.hidden_size * (stream + size)),                   # + the last norm's
-            "temporaries": micro_tokens * 4 * c.intermediate_size * size,       # in SwiGLU's backward
-            "head": 4 * head + CHUNK_BYTES[device] * (4 + size * (size < 4)) // 4}  # its gradient's sum; a chunk of logits
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# Generation
-
-class KVCache:
-    """Keys and values of up to `rows` sequences of unequal lengths, at most `capacity` tokens each."""
-
-    def __init__(self, rows: int, capacity: int):
-        self.rows, self.capacity, self.store = rows, capacity, {}
-
-    def place(self, first: int, last: int, positions=None):
-        """Say where the next tokens go: whole prompts into rows first to last, or (decoding) a token a row at its position (B,)."""
-        self.first, self.last, self.positions, self.mask = first, last, positions, None
-        if positions is not None:
-            self.index, self.used = torch.arange(last, device=positions.device), int(positions.max()) + 1
-            self.mask = (torch.arange(self.used, device=positions.device) <= positions[:, None])[:, None, None]   # (B, 1, 1, used)
-
-    def extend(self, layer, k, v):
-        """Store k, v (B, n_kv_head, T, head_dim); return what this layer attends to, and the mask (None: causal)."""
-        if layer not in self.store:                     # zeros, since what is masked must still be finite
-            self.store[layer] = k.new_zeros(2, self.rows, k.shape[1], self.capacity, k.shape[3])
-        keys, values = self.store[layer]
-        if self.mask is None:                           # prefill: right-padded prompts, causal, no mask needed
-            keys[self.first:self.last, :, :k.shape[2]], values[self.first:self.last, :, :k.shape[2]] = k, v
-            return k, v, None
-        keys[self.index, :, self.positions], values[self.index, :, self.positions] = k[:, :, 0], v[:, :, 0]
-        return keys[:self.last, :, :self.used], values[:self.last, :, :self.used], self.mask
-
-    def move(self, source: int, target: int):
-        """Copy one row over another, which has finished."""
-        for both in self.store.values():
-            both[:, target] = both[:, source]
-
-
-PREFILL_TOKENS = 2048       # of one forward over new prompts, padding included: enough to fill a device, and no large activations
-
-
-@torch.no_grad()
-def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int, stop_ids, temperature: float = 0.0,
-             cache_tokens: int = 16384, finished=None) -> list[list[int]]:
-    """Continue each prompt (token ids; the lengths may differ), as many at once as `cache_tokens` of KV cache hold.
-
-    Greedy at temperature 0, else sampled from softmax(logits / temperature) with torch's global generator. Returns the new
-    ids of each prompt, without the prompt and without the stop id that ended it; `finished(i, ids)` is called when prompt i is
-    done. The longest go first, and the place of one that is done is taken by the next (continuous batching). Raises ValueError
-    on an empty prompt.
-    """
-    if not all(prompts):
-        raise ValueError("an empty prompt cannot be continued; give it at least one token (the bos token, say).")
-    device, stop_ids, outputs = model.head.device, set(stop_ids), [[] for _ in prompts]
-    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i])) if max_new_tokens > 0 else []      # the longest last
-    room = lambda i: len(prompts[i]) + max_new_tokens
-    alive = []                                          # the prompt that each row of the cache continues
-    while waiting or alive:
-        if not alive:
-            cache = KVCache(min(len(waiting), max(1, cache_tokens // room(waiting[-1]))), room(waiting[-1]))
-        x = []                                          # (rows, H) of each row's last token
-        if alive:
-            positions = torch.tensor([len(prompts[i]) + len(outputs[i]) - 1 for i in alive], device=device)
-            new = torch.tensor([[outputs[i][-1]] for i in alive], device=device)
-            cache.place(0, len(alive), positions)
-            x.append(model.hidden(new, positions[:, None], cache=cache)[:, 0])
-        # much shorter prompts wait until the cache is empty, for one of more and shorter rows
-        while waiting and len(alive) < cache.rows and 2 * room(waiting[-1]) > cache.capacity:
-            width, first = len(prompts[waiting[-1]]), len(alive)
-            alive += (waiting.pop() for _ in range(min(len(waiting), cache.rows - first, max(1, PREFILL_TOKENS // width))))
-            ends = torch.tensor([len(prompts[i]) - 1 for i in alive[first:]], device=device)
-            tokens = torch.tensor([prompts[i] + [0] * (width - len(prompts[i])) for i in alive[first:]], device=device)
-            cache.place(first, len(alive))
-            x.append(model.hidden(tokens, cache=cache)[torch.arange(len(ends), device=device), ends])
-        logits = F.linear(torch.cat(x), model.head).float()                             # (rows, V)
-        new = logits.argmax(-1) if temperature == 0 else torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(1)
-        new = new.tolist()
-        for row in reversed(range(len(alive))):         # from the last, so that the row that fills a gap has been seen
-            i = alive[row]
-            if new[row] not in stop_ids:
-                outputs[i].append(new[row])
-            if new[row] in stop_ids or len(outputs[i]) == max_new_tokens:
-                if finished:
-                    finished(i, outputs[i])
-                alive[row] = alive[-1]
-                alive.pop()
-                if row < len(alive):
-                    cache.move(len(alive), row)
-    return outputs

@@ -47,6 +47,21 @@ def reset_peak() -> None:
         f.write("5")
 
 
+def in_turns(target, kinds, args, messages) -> dict[str, list]:
+    """A process for each kind, target(kind, *args, pipe), which answers every message until None; its answers, made in turns."""
+    pipes, answers = {}, {kind: [] for kind in kinds}
+    for kind in kinds:
+        pipes[kind], theirs = mp.Pipe()
+        mp.get_context("spawn").Process(target=target, daemon=True, args=(kind, *args, theirs)).start()
+    for message in messages:
+        for kind in kinds:
+            pipes[kind].send(message)
+            answers[kind].append(pipes[kind].recv())
+    for pipe in pipes.values():
+        pipe.send(None)
+    return answers
+
+
 # -----------------------------------------------------------------------------------------------------------------
 # head: N = 2048, V = 49152, H = 576, float32, forward and backward with a random gradient per token
 
@@ -151,16 +166,7 @@ def trainer(kind: str, path: str, data: list, batch_tokens: int, max_length: int
 def bench_train(path: str, data: list, steps: int, batch_tokens: int, max_length: int) -> None:
     dataset = Dataset.load(data, path, "auto", max_length)
     batches = epoch_batches(dataset.lengths, dataset.kept, batch_tokens, seed=0)[:steps + 1]
-    pipes, results = {}, {"transformers": [], "ours": []}
-    for kind in results:
-        pipes[kind], theirs = mp.Pipe()
-        mp.get_context("spawn").Process(target=trainer, daemon=True, args=(kind, path, data, batch_tokens, max_length, theirs)).start()
-    for batch in batches:
-        for kind in results:
-            pipes[kind].send([int(i) for i in batch])
-            results[kind].append(pipes[kind].recv())
-    for kind in results:
-        pipes[kind].send(None)
+    results = in_turns(trainer, ("transformers", "ours"), (path, data, batch_tokens, max_length), [list(map(int, b)) for b in batches])
     tokens = [int(dataset.lengths[b].sum()) for b in batches]
     rate = {k: sum(tokens[1:]) / sum(x[0] for x in r[1:]) for k, r in results.items()}
     peak = {k: r[-1][2] for k, r in results.items()}
@@ -368,14 +374,7 @@ def bench_flags(path: str, data: list, micro_tokens: int, steps: int) -> None:
     batches = epoch_batches(dataset.lengths, dataset.kept, micro_tokens, seed=0)[:steps + 1]
     config = Config.from_hf(json.load(open(os.path.join(path, "config.json"))))
     padded = max(len(batch) * int(dataset.lengths[batch].max()) for batch in batches)
-    pipes, results = {}, {"": [], "--recompute": [], "--compile": []}
-    for flag in results:
-        pipes[flag], theirs = mp.Pipe()
-        mp.get_context("spawn").Process(target=flags_main, daemon=True, args=(flag, path, data, micro_tokens, theirs)).start()
-    for batch in batches:
-        for flag in results:
-            pipes[flag].send(batch)
-            results[flag].append(pipes[flag].recv())
+    results = in_turns(flags_main, ("", "--recompute", "--compile"), (path, data, micro_tokens), batches)
     print(f"\nflags, steps of about {micro_tokens} tokens in turns, one thread; the first step, median of {steps} more, peak above the start, estimate")
     for flag, r in results.items():
         times = sorted(t / base[0] for (t, _), base in zip(r[1:], results[""][1:]))

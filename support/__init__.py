@@ -1,0 +1,1 @@
+"""What a reader of the paper can skip: options, files, formats, templates, ranks, checkpoints, decoding, pages."""
