@@ -49,7 +49,7 @@ TOOL_PROMPT = ('You can call these functions:\n{}\nAnswer with a JSON list of ca
                '[{{"name": "...", "arguments": {{...}}}}]')
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From a name to samples
 
 def read_samples(path_or_name: str) -> list[Sample]:
@@ -109,7 +109,7 @@ def parse_samples(path: str, progress: bool):
         yield sample
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From a record to a sample
 
 def read_record(record: dict, index: int) -> Sample:
@@ -256,7 +256,7 @@ def call_spans(text: str) -> list[tuple[str, str]] | None:
     return spans
 
 
-# ---------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From a file to records
 
 def read_object(path: str) -> dict:
