@@ -32,7 +32,7 @@ def make_model(vocab_size, seed=0, **config):
     torch.manual_seed(seed)
     return Transformer(Config(**{"vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                                  "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.15,
-                                 "tie_word_embeddings": True, "other": {"eos_token_id": 0}} | config))
+                                 "tie_word_embeddings": True, "extra": {"eos_token_id": 0}} | config))
 
 
 def make_checkpoint(directory, chatml=True):
