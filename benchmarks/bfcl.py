@@ -45,6 +45,7 @@ def items(folder: str) -> list[Item]:
 
 
 def category_items(category: str, path: str, answer_path: str) -> list[Item]:
+    """The items of one file; the relevance categories have no answers."""
     found = []
     has_answers = "relevance" not in category
     where = answer_path

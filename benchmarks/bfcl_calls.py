@@ -172,7 +172,7 @@ def script_call(text: str, language: str) -> list[tuple[str, dict]]:
         argument, expression = split_assignment(piece)
         check_expression(expression, language)
         if argument is None and (len(piece) > 1 or piece[0].kind != "word"):
-            continue                # positional: ignored, but for names that stand alone, as upstream
+            continue                # as upstream: positional values are ignored, except for names
         if argument in arguments:
             raise ValueError(f"{argument} is given twice")
         if language == "java":
