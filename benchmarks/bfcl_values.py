@@ -13,7 +13,7 @@ TYPES = {
     "javascript": {"String": str, "any": str, "integer": int, "Bigint": int, "float": float,
                    "Boolean": bool, "array": list, "dict": dict},
 }
-LISTS = ("array", "tuple", "Array", "ArrayList")        # a document of these has an element type
+LISTS = ("array", "tuple", "Array", "ArrayList")        # their documents name an element type
 
 
 def check_value(value, document: dict, accepted: list, language: str) -> str | None:
