@@ -116,7 +116,7 @@ STEPS = 80
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """As `work`, with STEPS steps and a model so large that a checkpoint takes as long as a step."""
+    """As `work`, with STEPS steps and a model whose checkpoint takes as long as a step."""
     work = tmp_path_factory.mktemp("large")
     make_checkpoint(work / "model", hidden_size=128, intermediate_size=256, initializer_range=0.05)
     write(work / "data.json", apigen(24))
@@ -155,7 +155,7 @@ def run_and_kill(work, out, arguments, moment, delay, as_a_user):
     assert running, text                                # it was killed, it did not end
     assert step_before <= newest(out) < STEPS, text
     for step in re.findall(r"resumed from .*step-(\d+)", text):
-        assert int(step) == step_before     # nothing is lost but the steps since the last checkpoint
+        assert int(step) == step_before     # only the steps since the last checkpoint are lost
     return text, seconds
 
 

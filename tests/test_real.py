@@ -1,4 +1,4 @@
-"""Real data and a real checkpoint, from $SHAD_RFT_DATA and $SHAD_RFT_MODEL; skipped without them."""
+"""Real data from $SHAD_RFT_DATA and a real model from $SHAD_RFT_MODEL; skipped without them."""
 import os
 
 import numpy as np
