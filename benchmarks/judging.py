@@ -179,10 +179,10 @@ def count_calls(item: Item, trace: list[dict], kind: str | None) -> dict:
 def compare(item: Item, ours: dict, theirs: dict, ask, times: int = 1) -> dict:
     """{"win": "win" | "tie" | "lose" | "not judged", "win_reason"}, to be added to our verdict.
 
-    ours and theirs are verdicts on the same item. The better status wins, and a missing answer
-    loses to any. Between equals the judge chooses: it is asked `times` times in both orders, and
-    the majority of its choices wins. (Upstream keeps to one order, which favours an answer for its
-    place, and tosses a coin between identical answers.)
+    ours and theirs are verdicts on the same item. The better status wins, and a missing trace loses
+    to any. Between equals the judge chooses: it is asked `times` times in both orders, and the
+    majority of its choices wins. (Upstream asks in a random order, and tosses a coin between
+    identical answers.)
     """
     errors = Counter(ours["judge_errors"]) + Counter(theirs["judge_errors"])
     if "not judged" in (ours["status"], theirs["status"]):
@@ -190,18 +190,16 @@ def compare(item: Item, ours: dict, theirs: dict, ask, times: int = 1) -> dict:
                 "judge_errors": dict(errors)}
 
     # decided without the judge
-    status = answer_status(ours)
-    other_status = answer_status(theirs)
+    status = ours["status"] if ours["trace"] else "no output"
+    other_status = theirs["status"] if theirs["trace"] else "no output"
     if status != other_status:
-        ranks = (*STATUSES, "no answer")
+        ranks = (*STATUSES, "no output")
         win = "win" if ranks.index(status) < ranks.index(other_status) else "lose"
         return {"win": win, "win_reason": f"{status} against {other_status}"}
-    if status == "no answer":
-        return {"win": "tie", "win_reason": "no answer from either"}
     answer = answer_to_compare(ours)
     other_answer = answer_to_compare(theirs)
-    if answer == other_answer:
-        return {"win": "tie", "win_reason": "the same answer"}
+    if answer == other_answer or "fault" in item.reference:
+        return {"win": "tie", "win_reason": "nothing to choose between"}
 
     # decided by the judge
     query = item.reference["query"]
@@ -217,10 +215,6 @@ def compare(item: Item, ours: dict, theirs: dict, ask, times: int = 1) -> dict:
             reasons.append(reason)
     win = "tie" if votes["win"] == votes["lose"] else max(votes, key=votes.get)
     return {"win": win, "win_reason": " / ".join(reasons)}
-
-
-def answer_status(verdict: dict) -> str:
-    return verdict["status"] if (verdict["output"] or "").strip() else "no answer"
 
 
 def answer_to_compare(verdict: dict) -> str:

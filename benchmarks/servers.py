@@ -47,7 +47,7 @@ def parse_object(text: str, *parsers) -> dict | str:
         return text
     for parse in parsers:
         try:
-            value = parse(text.strip() or "{}")
+            value = parse(text or "{}")
             # what json can sort can be sent, and compared in any order of its keys
             if isinstance(value, dict) and json.dumps(value, sort_keys=True):
                 return value

@@ -181,7 +181,7 @@ def parse_turn(output: str) -> tuple[str, list[tuple[str, dict | str]]]:
     thought, has_action, action = head.rpartition("Action:")
     if has_input and has_action:
         thought = thought.replace("Thought:", "", 1).strip()
-        return thought, [(action.strip(), parse_input(tool_input))]
+        return thought, [(action.strip(), parse_input(tool_input.strip()))]
     try:
         start = output.index("[")
         calls = []

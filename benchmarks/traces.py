@@ -18,6 +18,7 @@ from support.readers import as_json, read_records
 
 # of a trace in ToolEval's form, which nests: readers of JSON go only some hundred levels deep
 MAX_STEPS = 100
+NO_SUCH_FUNCTION = '{"error": "No such function name: '     # so the observation begins
 
 
 def final_answer(trace: list[dict]) -> tuple[str | None, str]:
@@ -128,18 +129,24 @@ def converted_answer(trace: list[dict]) -> dict:
         if step.get("thought") and not (has_answer and step["action"]):
             nodes.append({"role": "assistant", "message": step["thought"]})
         if step["action"]:
-            message = {"name": step["action"], "arguments": as_json(step["input"]),
-                       "response": step.get("observation", "")}
-            nodes.append({"role": "tool", "message": message})
-    text = ""
-    if has_answer:
-        text = nodes[-1]["message"]["arguments"]
-        nodes[-1]["message"]["response"] = ""       # upstream's Finish has none
+            nodes.append({"role": "tool", "message": tool_message(step, has_answer)})
     chain = []
     for node in reversed(nodes):
         chain = [node | {"next": chain}]
+    text = nodes[-1]["message"]["arguments"] if has_answer else ""
     return {"method": "CoT@1", "total_steps": len(nodes), "final_answer": text,
             "answer_details": chain}
+
+
+def tool_message(step: dict, has_answer: bool) -> dict:
+    name = step["action"]
+    response = step.get("observation", "")
+    if has_answer:      # then upstream leaves out what a Finish returned, and made-up names
+        if name == "Finish":
+            response = ""
+        elif response.startswith(NO_SUCH_FUNCTION):
+            name = "invalid_hallucination_function_name"
+    return {"name": name, "arguments": as_json(step["input"]), "response": response}
 
 
 def save_converted(items: list[Item], traces: dict[str, list[dict]], folder: str) -> None:

@@ -1,7 +1,7 @@
 """StableToolBench's verdicts and figures: pass rate, win rate, and what needs no judge."""
 import pytest
 
-from benchmarks import servers
+from benchmarks import Item, servers
 from benchmarks import stabletoolbench as bench
 from benchmarks.judging import compare, judge, summary
 from stable import (
@@ -188,11 +188,16 @@ def test_win_rate(items):
     assert "win_rate" not in figures and figures["judge_errors"] == {"timeout": 1}
 
 
-def test_equal_answers_are_compared_by_their_steps_and_the_majority_wins(items):
+def test_equals_are_compared_by_their_steps_and_the_majority_wins(items):
     call = {"action": LIST, "input": {}, "observation": "good"}
     ours, theirs = (judge(items[0], trace, in_turn("Solved"))
                     for trace in ([call, *answered("a")], answered("a")))
     assert compare(items[0], ours, theirs, better)["win"] == "win"
+    stuck = judge(items[0], [call], never)
+    given_up = judge(items[0], [call, *bench.run_turn(items[0], GIVE_UP, None)], never)
+    assert compare(items[0], stuck, given_up, in_turn("0", "1"))["win"] == "win"
+    broken = Item("x", "c", [], {"fault": "KeyError: 'query'"})
+    assert compare(broken, stuck, given_up, never)["win"] == "tie"
     for votes, outcome in (("010101", "win"), ("100000", "lose"), ("000000", "tie"),
                            ("010000", "win")):
         ask = in_turn(*votes)

@@ -177,7 +177,7 @@ def test_the_server_is_sent_what_is_no_json_as_it_is(item, serve):
 
     call = servers.tool_server(serve(answer))
     run(item, say(turn(LIST, "{'town': 'Bern'}"), turn(LIST, '{"count": 2}'), GIVE_UP), call)
-    assert posted == [" {'town': 'Bern'}", {"count": 2}]
+    assert posted == ["{'town': 'Bern'}", {"count": 2}]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -125,10 +125,10 @@ def test_bad_folders_and_records(tmp_path):
 @pytest.mark.parametrize("output, calls", [
     (turn("f", '{"a": 1}'), ("hm", [("f", {"a": 1})])),
     ("Thought: \nAction:f\nAction Input:{'a': True}", ("", [("f", "{'a': True}")])),
-    (turn("f", '{"a": "b\nc"}'), ("hm", [("f", ' {"a": "b\nc"}')])),
+    (turn("f", '{"a": "b\nc"}'), ("hm", [("f", '{"a": "b\nc"}')])),
     (turn("f", ""), ("hm", [("f", {})])),
-    (turn("f", "not json"), ("hm", [("f", " not json")])),
-    (turn("f", "[1]"), ("hm", [("f", " [1]")])),
+    (turn("f", "not json"), ("hm", [("f", "not json")])),
+    (turn("f", "[1]"), ("hm", [("f", "[1]")])),
     ('I call: [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": "{}"}]',
      ("I call:", [("f", {"a": 1}), ("g", {})])),
     ("Here is your soup.", ("Here is your soup.", [])),

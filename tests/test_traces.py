@@ -98,6 +98,12 @@ def test_converted_answer(items):
         tool_node(LIST, '{"town": "Zürich"}', response), tool_node(PRICE, "{'a': 1}", response),
         tool_node("Finish", text)]
 
+    # as upstream, a made-up name and what a Finish in vain returned are left out
+    answer = converted_answer(run(items[0], turn("f", "{}"), turn("Finish", "{}"), finish("leek")))
+    unknown = '{"error": "No such function name: f", "response": ""}'
+    assert nodes(answer)[2:4] == [tool_node("invalid_hallucination_function_name", "{}", unknown),
+                                  tool_node("Finish", "{}")]
+
     # without an answer, the thoughts are there too
     answer = converted_answer(run(items[0], turn(LIST, "{}"), GIVE_UP))
     gave_up = tool_node("Finish", '{"return_type": "give_up_and_restart"}',
