@@ -60,8 +60,8 @@ def main():
     padded = max(len(batch) * int(dataset.lengths[batch].max()) for batch in batches)
 
     measure.print_heading(
-        f"flags: steps of about {options.batch_tokens} tokens in float32: one, then {options.steps} "
-        "more; peak above the start")
+        f"flags: steps of about {options.batch_tokens} tokens in float32, one and then "
+        f"{options.steps} more; peak above the start")
     results = measure.in_turns(trainer, ("", "--recompute", "--compile"),
                                (options.model, options.data, options.batch_tokens), batches)
     plain = [seconds for seconds, _ in results[""]]

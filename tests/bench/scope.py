@@ -8,14 +8,12 @@ import statistics
 import time
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 import train
 from data import Dataset, collate, epoch_batches, micro_batches
 from model import CheckpointError, Transformer
 from rft import rft_loss
-from shad import Labels
 from support.cli import option, parse_options, run_script
 from support.readers import toy_samples
 from support.templates import Renderer
@@ -29,14 +27,17 @@ class Options:
 
 def main():
     repeats = parse_options(Options, __doc__).repeats
+
+    # one global batch, whose true roles are the labels, cut into micro-batches
     dataset = Dataset(toy_samples(400, 0), Renderer(train.TOY))
     model = Transformer.from_pretrained(train.TOY)
-    labels = Labels(dataset.true_roles()["reasoning"].astype(np.float32), 0.0)
+    labels = dataset.true_roles()["reasoning"]                          # (output tokens,) bool
     batch = epoch_batches(dataset.lengths, dataset.kept, 8192, 0)[0]
     per_sample = train.Options(model="", data=[], out="", tau=3.0, micro_tokens=1024)
     per_batch = replace(per_sample, scope="batch")
     pieces = micro_batches(batch, dataset.lengths, per_sample.micro_tokens)
 
+    # the ways of weighting it
     def sample():
         train.backward(model, dataset, labels, batch, per_sample)
 
@@ -53,6 +54,8 @@ def main():
             (loss * share).backward()
 
     ways = {"sample": sample, "batch, exact": exact, "batch, per micro-batch": per_micro_batch}
+
+    # time and gradient of each
     times = {name: [] for name in ways}
     gradients = {}
     for _ in range(repeats + 1):
@@ -63,6 +66,7 @@ def main():
             times[name].append(time.perf_counter() - start)
             gradients[name] = torch.cat([p.grad.flatten() for p in model.parameters()])
 
+    # how far each gradient is from the exact one of scope "batch"
     seconds = {name: statistics.median(times[name][1:]) for name in ways}
     target = gradients["batch, exact"]
     rows = []
