@@ -195,7 +195,7 @@ def open_log(path: str, settings: dict):
     with open(path, "ab+") as log:
         log.seek(0)
         log.truncate(log.read().rfind(b"\n") + 1)
-    log = open(path, "a", encoding="utf-8")     # noqa: SIM115: the caller closes it
+    log = open(path, "a", encoding="utf-8")     # noqa: SIM115  (the caller closes it)
     if not log.tell():
         log.write(json.dumps(settings) + "\n")
         log.flush()

@@ -1,4 +1,4 @@
-"""Samples, and the file formats they come in: APIGen, ToolBench, ShareGPT, messages, and the toy."""
+"""Samples, and the formats they come in: APIGen, ToolBench, ShareGPT, messages, and the toy."""
 import itertools
 import json
 import os
@@ -15,7 +15,7 @@ from toy.task import toy_records
 class Message:
     role: str                       # "system", "user", "assistant" or "tool"
     text: str
-    parts: list | None = None       # where known, [(text, token role)] that concatenate to `text`: the truth SHAD is judged by
+    role_spans: list | None = None  # true roles, if known: (text, role) pairs that make up `text`
     scored: bool = True             # an assistant turn with scored=False is context, not output
 
     @property
@@ -29,171 +29,235 @@ class Sample:
     messages: list[Message]
 
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-         "function_call": "assistant", "function": "tool", "observation": "tool", "tool": "tool"}
+# What the formats call a speaker, and the role it has here.
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "tool": "tool",
+}
+
+# What an output token can be: chosen from the input, fixed by the format, or connecting the two.
+SPAN_ROLES = ("reasoning", "format", "connecting")
 
 TOOL_PROMPT = ('You can call these functions:\n{}\nAnswer with a JSON list of calls: '
                '[{{"name": "...", "arguments": {{...}}}}]')
 
 
-def read_samples(path_or_name: str) -> list[Sample]:
-    """The samples of a JSON or JSON Lines file, its format recognised from each record; or "toy" for 4,000 toy samples.
+# --------------------------------------------------------------------------------------------------
+# From a name to samples
 
-    A slice may follow, as in "train.json[:300]" or "toy[100:200]". Raises DataError, naming the file and the record, for what
-    is in no known format or has nothing to learn from.
+def read_samples(path_or_name: str) -> list[Sample]:
+    """The samples of a JSON or JSON Lines file, or of "toy", which has 4,000.
+
+    The format is recognised from each record. A slice may follow the name, as in
+    "train.json[:300]" or "toy[100:200]". Raises DataError, naming the file and the record, for a
+    record in no known format or with nothing to learn from.
     """
     return list(stream_samples(path_or_name))
+
+
+def stream_samples(path_or_name: str, progress: bool = False):
+    """Yield what read_samples returns, holding little more than one sample in memory."""
+    name, first, last = split_slice(path_or_name)
+    samples = toy_samples(4000, seed=0) if name == "toy" else parse_samples(name, progress)
+    empty = True
+    for sample in itertools.islice(samples, first, last):
+        empty = False
+        yield sample
+    if empty:
+        verb = "holds" if name == path_or_name else "selects"
+        raise DataError(f"{path_or_name} {verb} no samples.")
 
 
 def split_slice(path_or_name: str) -> tuple[str, int, int | None]:
     """("train.json", 0, 300) of "train.json[:300]"."""
     sliced = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", path_or_name)
-    return (sliced[1], int(sliced[2] or 0), int(sliced[3]) if sliced[3] else None) if sliced else (path_or_name, 0, None)
-
-
-def stream_samples(path_or_name: str, progress: bool = False):
-    """Yield what read_samples returns, holding little more than one sample at a time."""
-    name, first, last = split_slice(path_or_name)
-    empty = True
-    for sample in itertools.islice(toy_samples(4000, seed=0) if name == "toy" else parse_samples(name, progress), first, last):
-        empty = False
-        yield sample
-    if empty:
-        raise DataError(f"{path_or_name} {'selects' if name != path_or_name else 'holds'} no samples.")
+    if not sliced:
+        return path_or_name, 0, None
+    name, first, last = sliced.groups()
+    return name, int(first or 0), int(last) if last else None
 
 
 def toy_samples(count: int, seed: int, held_out: bool = False) -> list[Sample]:
     """Samples of the toy: see toy/task.py."""
-    return [read_record(record, i) for i, record in enumerate(toy_records(count, seed, held_out))]
+    records = toy_records(count, seed, held_out)
+    return [read_record(record, index) for index, record in enumerate(records)]
 
 
 def parse_samples(path: str, progress: bool):
+    """Yield the sample of each record of a file."""
     for index, (where, record) in enumerate(read_records(path, progress)):
         try:
             sample = read_record(record, index)
         except DataError as e:
             raise DataError(f"{where}: {e}") from None
         except KeyError as e:
-            raise DataError(f"{where} lacks {e} where its format has it; mend or remove the record.") from None
+            raise DataError(f"{where} lacks {e}, which its format has; "
+                            "fix or remove the record.") from None
         except (TypeError, AttributeError, ValueError) as e:
-            raise DataError(f"{where} is not built as its format is ({e}); mend or remove the record.") from None
-        if not any(m.is_output and m.text for m in sample.messages):
-            raise DataError(f"{where} has no assistant turn, so there is nothing to learn from it; remove the record.")
+            raise DataError(f"{where} does not follow its format ({e}); "
+                            "fix or remove the record.") from None
+        if not any(message.is_output and message.text for message in sample.messages):
+            raise DataError(f"{where} has no assistant turn, so there is nothing to learn from it; "
+                            "remove the record.")
         yield sample
 
 
-def read_records(path: str, progress: bool = False):
-    """Yield (where, record) of a JSON list or a JSON Lines file of any size, holding little more than one record."""
-    line = 0
-    try:
-        with open(path, encoding="utf-8-sig") as f, tqdm(
-                total=os.path.getsize(path), desc=f"read {path}", unit="B", unit_scale=True, disable=not progress, delay=1) as bar:
-            head = f.read(2**16).lstrip()
-            f.seek(0)
-            if head[:1] == "[":
-                for i, record in enumerate(list_elements(f, bar), 1):
-                    yield f"{path}, record {i}", record
-            elif head.split("\n")[0].strip() == "{":            # a single record over several lines
-                yield f"{path}, record 1", json.load(f)
-            else:
-                for line, row in enumerate(f, 1):
-                    bar.update(len(row))
-                    if row.strip():
-                        yield f"{path}, line {line}", json.loads(row)
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path} cannot be read ({getattr(e, 'strerror', None) or 'not UTF-8 text'}).") from None
-    except json.JSONDecodeError as e:
-        raise DataError(f"{path}, line {line or e.lineno}: not JSON ({e.msg}); mend the line, or export the file again.") from None
-
-
-def list_elements(f, bar):
-    """Yield the elements of one JSON list, read a megabyte at a time. Raises JSONDecodeError with the line of the file."""
-    text, at, line, ended, opening = "", 0, 1, False, True      # `text` is what is held, from `line` on, used up to `at`
-
-    def fail(message, position):
-        e = json.JSONDecodeError(message, text, position)
-        e.lineno = line + text.count("\n", 0, position)
-        raise e
-
-    while True:
-        separator = re.compile(r"\s*([\[,\]]?)\s*").match(text, at)
-        mark, start = separator[1], separator.end()
-        more = start == len(text)                           # what is held ends here, but does the file?
-        if not more:
-            if mark == "]" or opening and mark == "[" and text[start] == "]":
-                return
-            if mark != ("[" if opening else ","):
-                fail("Expecting ',' delimiter", start)
-            try:
-                element, end = json.JSONDecoder().raw_decode(text, start)
-                more = end == len(text)                     # 12 may go on as 123
-            except json.JSONDecodeError as e:
-                # cut in a string, or at most a few characters before the end, in an escape or a literal
-                more = e.msg.startswith("Unterminated") or e.pos > len(text) - 16
-                if ended or not more:
-                    fail(e.msg, e.pos)
-        if more and not ended:
-            piece = f.read(max(2**20, len(text) - at))
-            bar.update(len(piece))
-            line, text, at, ended = line + text.count("\n", 0, at), text[at:] + piece, 0, not piece
-        elif start == len(text):                            # the file has ended
-            if mark == "]":
-                return
-            fail("Expecting value" if mark else "Expecting ',' delimiter", start)
-        else:
-            yield element
-            at, opening = end, False
-
+# --------------------------------------------------------------------------------------------------
+# From a record to a sample
 
 def read_record(record: dict, index: int) -> Sample:
-    """One record of any known format. Raises DataError, KeyError or TypeError for an unknown or broken one."""
+    """One record of any known format. Raises DataError, KeyError, TypeError, AttributeError or
+    ValueError for an unknown or broken one."""
     if not isinstance(record, dict):
         raise DataError(f"a {type(record).__name__} where an object was expected.")
-    name, messages = str(record.get("id", index)), []
-    if "query" in record and "answers" in record:                                   # APIGen / xlam-function-calling-60k
-        tools, answers = as_json(record["tools"]), as_json(record["answers"])
-        messages = [Message("system", TOOL_PROMPT.format(tools)), Message("user", record["query"]),
-                    Message("assistant", answers, call_parts(answers))]
-    elif "conversations" in record:                                                 # ToolBench, ShareGPT
-        system = [record["system"]] if record.get("system") else []
-        if record.get("tools") not in (None, "", "[]", []):                         # ShareGPT's tool-calling variant
-            system.append(TOOL_PROMPT.format(as_json(record["tools"])))
-        if system:
-            messages.append(Message("system", "\n\n".join(system)))
-        for turn in record["conversations"]:
-            if turn["from"] not in ROLES:
-                raise DataError(f"unknown speaker {turn['from']!r}; known are {', '.join(ROLES)}.")
-            # ToolBench's texts begin with "\n", which its own prompts leave out: without it both agree
-            messages.append(Message(ROLES[turn["from"]], turn["value"].strip("\n")))
-        if re.match(r"Step \d+:", name):                # ToolBench, one record a step: only the last turn is new
-            for m in messages[:-1]:
-                m.scored = False
-    elif "messages" in record:                                                      # the chat format of OpenAI and TRL
-        for turn in record["messages"]:
-            text = turn.get("content") or ""
-            if turn.get("tool_calls"):
-                calls = [c.get("function", c) for c in turn["tool_calls"]]
-                text += json.dumps([{"name": c["name"], "arguments": json.loads(c["arguments"]) if isinstance(
-                    c["arguments"], str) else c["arguments"]} for c in calls], ensure_ascii=False)
-            if turn["role"] not in ROLES:
-                raise DataError(f"unknown role {turn['role']!r}; known are {', '.join(ROLES)}.")
-            messages.append(Message(ROLES[turn["role"]], text))
-        if record.get("tools"):
-            own = [messages.pop(0).text] if messages[0].role == "system" else []
-            messages.insert(0, Message("system", "\n\n".join([*own, TOOL_PROMPT.format(as_json(record["tools"]))])))
+    if "query" in record and "answers" in record:
+        messages = apigen_messages(record)
+    elif "conversations" in record:
+        messages = conversation_messages(record)
+    elif "messages" in record:
+        messages = chat_messages(record)
     else:
-        raise DataError(f"unknown format (keys: {', '.join(map(str, record))[:80]}); expected APIGen's query/answers/tools, "
+        keys = ", ".join(map(str, record))[:80]
+        raise DataError(f"unknown format (keys: {keys}); expected APIGen's query/answers/tools, "
                         "ToolBench's or ShareGPT's conversations, or messages.")
-    for m in messages:
-        if not isinstance(m.text, str):
-            raise DataError(f"a {m.role} text is a {type(m.text).__name__}, not a string.")
-    return Sample(name, messages)
+    for message in messages:
+        if not isinstance(message.text, str):
+            kind = type(message.text).__name__
+            raise DataError(f"a {message.role} text is a {kind}, not a string.")
+    return Sample(str(record.get("id", index)), messages)
+
+
+def apigen_messages(record: dict) -> list[Message]:
+    """APIGen, also known as xlam-function-calling-60k: one query, answered by a list of calls."""
+    tools = as_json(record["tools"])
+    answers = as_json(record["answers"])
+    return [
+        Message("system", TOOL_PROMPT.format(tools)),
+        Message("user", record["query"]),
+        Message("assistant", answers, call_spans(answers)),
+    ]
+
+
+def conversation_messages(record: dict) -> list[Message]:
+    """ToolBench and ShareGPT, with or without ShareGPT's tools."""
+    system = []
+    if record.get("system"):
+        system.append(record["system"])
+    if record.get("tools") not in (None, "", "[]", []):
+        system.append(TOOL_PROMPT.format(as_json(record["tools"])))
+
+    messages = []
+    if system:
+        messages.append(Message("system", "\n\n".join(system)))
+    for turn in record["conversations"]:
+        if turn["from"] not in ROLES:
+            raise DataError(f"unknown speaker {turn['from']!r}; known are {', '.join(ROLES)}.")
+        # ToolBench's texts begin with "\n", which its own prompts leave out.
+        messages.append(Message(ROLES[turn["from"]], turn["value"].strip("\n")))
+
+    # ToolBench also comes as one record per step, where only the last turn is new.
+    if re.match(r"Step \d+:", str(record.get("id"))):
+        for message in messages[:-1]:
+            message.scored = False
+    return messages
+
+
+def chat_messages(record: dict) -> list[Message]:
+    """Messages, the chat format of OpenAI and TRL; "parts" may give a turn's true token roles."""
+    messages = []
+    for turn in record["messages"]:
+        if turn["role"] not in ROLES:
+            raise DataError(f"unknown role {turn['role']!r}; known are {', '.join(ROLES)}.")
+        text = turn.get("content") or ""
+        if turn.get("tool_calls"):
+            text += calls_as_text(turn["tool_calls"])
+        messages.append(Message(ROLES[turn["role"]], text, annotated_spans(turn, text)))
+
+    if record.get("tools"):
+        tool_prompt = TOOL_PROMPT.format(as_json(record["tools"]))
+        if messages[0].role == "system":
+            tool_prompt = messages.pop(0).text + "\n\n" + tool_prompt
+        messages.insert(0, Message("system", tool_prompt))
+    return messages
+
+
+def calls_as_text(tool_calls: list) -> str:
+    """OpenAI's tool calls as the JSON list that TOOL_PROMPT asks for."""
+    calls = []
+    for call in tool_calls:
+        function = call.get("function", call)
+        arguments = function["arguments"]
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        calls.append({"name": function["name"], "arguments": arguments})
+    return json.dumps(calls, ensure_ascii=False)
+
+
+def annotated_spans(turn: dict, text: str) -> list[tuple[str, str]] | None:
+    """The true roles that a turn's "parts" give, checked against its text."""
+    if turn.get("parts") is None:
+        return None
+    spans = [(part, role) for part, role in turn["parts"]]
+    for _, role in spans:
+        if role not in SPAN_ROLES:
+            raise DataError(f"a part has the unknown role {role!r}; known are "
+                            f"{', '.join(SPAN_ROLES)}.")
+    if "".join(part for part, _ in spans) != text:
+        raise DataError("the parts of a turn do not concatenate to its content.")
+    return spans
 
 
 def as_json(value) -> str:
     """Tools and calls come as JSON strings, or already parsed."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
+
+JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]|[^\s"{}\[\]:,]+|\s+')
+
+
+def call_spans(text: str) -> list[tuple[str, str]] | None:
+    """The token roles of a JSON list of calls, read off its structure: (text, role) pairs.
+
+    Function names, argument names and values are reasoning; fixed keys ("name", "arguments") and
+    punctuation are format. The texts concatenate to `text`; None where it is not valid JSON.
+    """
+    spans = []
+    depth = 0
+    previous = None
+    for token in JSON_TOKEN.findall(text):
+        if token in "{[":
+            depth += 1
+        elif token in "}]":
+            depth -= 1
+        if token.startswith('"'):
+            # Depth 2 is a call's own object, as in [{"name": ...}]. Its keys are fixed; its
+            # values, and everything deeper, are what the model chooses.
+            is_key = depth == 2 and previous != ":"
+            is_fixed = is_key and token in ('"name"', '"arguments"')
+            spans.append(('"', "format"))
+            spans.append((token[1:-1], "format" if is_fixed else "reasoning"))
+            spans.append(('"', "format"))
+        else:
+            is_format = token in "{}[]:," or token.isspace()
+            spans.append((token, "format" if is_format else "reasoning"))
+        if not token.isspace():
+            previous = token
+
+    spans = [(part, role) for part, role in spans if part]
+    if "".join(part for part, _ in spans) != text:
+        return None
+    return spans
+
+
+# --------------------------------------------------------------------------------------------------
+# From a file to records
 
 def read_object(path: str) -> dict:
     """The one JSON object that a file holds."""
@@ -203,26 +267,95 @@ def read_object(path: str) -> dict:
     return content
 
 
-JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]|[^\s"{}\[\]:,]+|\s+')
+def read_records(path: str, progress: bool = False):
+    """Yield (where, record) of a JSON list or a JSON Lines file of any size, holding little more
+    than one record in memory."""
+    try:
+        with (
+            open(path, encoding="utf-8-sig") as file,
+            tqdm(desc=f"read {path}", total=os.path.getsize(path), unit="B", unit_scale=True,
+                 disable=not progress, delay=1) as bar,
+        ):
+            head = file.read(2**16).lstrip()
+            file.seek(0)
+            if head.startswith("["):
+                for number, record in enumerate(list_elements(file, bar), 1):
+                    yield f"{path}, record {number}", record
+            elif head.split("\n")[0].strip() == "{":    # a single record over several lines
+                yield f"{path}, record 1", json.load(file)
+            else:
+                for number, record in json_lines(file, bar):
+                    yield f"{path}, line {number}", record
+    except UnicodeDecodeError:
+        raise DataError(f"{path} cannot be read (not UTF-8 text).") from None
+    except OSError as e:
+        raise DataError(f"{path} cannot be read ({e.strerror}).") from None
+    except json.JSONDecodeError as e:
+        raise DataError(f"{path}, line {e.lineno}: not JSON ({e.msg}); "
+                        "fix the line, or export the file again.") from None
 
 
-def call_parts(text: str) -> list[tuple[str, str]] | None:
-    """The token roles of a JSON list of calls, read off its structure: [(text, role)], concatenating to `text`.
+def json_lines(file, bar):
+    """Yield (line number, record) of JSON Lines; a JSONDecodeError has the line of the file."""
+    for number, line in enumerate(file, 1):
+        bar.update(len(line))
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as e:
+            e.lineno = number
+            raise
 
-    Function names, argument names and values are reasoning; fixed keys ("name", "arguments") and punctuation are format.
+
+SEPARATOR = re.compile(r"\s*([\[,\]]?)\s*")
+LIST_END = object()
+
+
+def list_elements(file, bar):
+    """Yield the elements of one JSON list, read a megabyte at a time.
+
+    A JSONDecodeError has the line of the file.
     """
-    parts, depth, previous = [], 0, None
-    for token in JSON_TOKEN.findall(text):
-        depth += (token in "{[") - (token in "}]")
-        if token[0] == '"':
-            # depth 2 is a call's own object, [{ ; its keys are fixed, its values and all below are the model's choice
-            is_key = depth == 2 and previous != ":"
-            role = "format" if is_key and token in ('"name"', '"arguments"') else "reasoning"
-            parts += [('"', "format"), (token[1:-1], role), ('"', "format")]
+    text = ""               # what is held of the file ...
+    line = 1                # ... from this line on ...
+    position = 0            # ... and yielded up to here
+    expected = "["          # what stands before the next element
+    file_ended = False
+    while True:
+        try:
+            element, end = next_element(text, position, expected)
+            is_complete = end < len(text) or element is LIST_END    # 12 may go on as 123
+        except json.JSONDecodeError as e:
+            # Held text that is cut off breaks in an open string, or within the few characters of
+            # an escape or a literal before its end.
+            is_complete = e.pos <= len(text) - 16 and not e.msg.startswith("Unterminated")
+            if is_complete or file_ended:
+                e.lineno = line + text.count("\n", 0, e.pos)
+                raise
+        if is_complete or file_ended:
+            if element is LIST_END:
+                return
+            yield element
+            position = end
+            expected = ","
         else:
-            parts.append((token, "format" if token in "{}[]:," or token.isspace() else "reasoning"))
-        if not token.isspace():
-            previous = token
-    if "".join(t for t, _ in parts) != text:            # broken JSON: no claim about its roles
-        return None
-    return [(t, r) for t, r in parts if t]
+            chunk = file.read(max(2**20, len(text) - position))
+            bar.update(len(chunk))
+            file_ended = not chunk
+            line += text.count("\n", 0, position)
+            text = text[position:] + chunk
+            position = 0
+
+
+def next_element(text: str, position: int, expected: str):
+    """(element, its end) of the JSON list that `text` holds from `position` on; LIST_END, too."""
+    separator = SEPARATOR.match(text, position)
+    mark = separator[1]
+    start = separator.end()
+    is_empty_list = expected == "[" and mark == "[" and text.startswith("]", start)
+    if mark == "]" or is_empty_list:
+        return LIST_END, start
+    if mark != expected:
+        raise json.JSONDecodeError(f"Expecting {expected!r} delimiter", text, start)
+    return json.JSONDecoder().raw_decode(text, start)
