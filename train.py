@@ -165,8 +165,8 @@ def learning_rate(step: int, steps: int, options: Options) -> float:
     warm = max(1, round(options.warmup * steps))
     if step < warm:
         return options.lr * (step + 1) / warm
-    done = (step - warm) / max(1, steps - warm)
-    return options.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+    angle = math.pi * (step - warm) / max(1, steps - warm)      # from 0 to pi
+    return options.lr * (0.1 + 0.45 * (1 + math.cos(angle)))
 
 
 def metrics_row(step: int, sums: dict, labelled: bool, lr, norm, tokens_per_s) -> dict:
