@@ -207,6 +207,7 @@ def cache_directory(paths, files, renderer, max_length) -> str:
 def lock(path: str):
     """Hold a lock file; the system lets go of it however this process ends."""
     import fcntl    # here, since Windows lacks it
+
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
