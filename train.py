@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -334,7 +335,7 @@ def main():
     dataset = Dataset.load(options.data, options.model, options.template, options.max_length)
     if rank == 0:
         print(dataset.describe())
-    shard = shard_model if should_shard(options.shard, device) else None
+    shard = partial(shard_model, device=device) if should_shard(options.shard, device) else None
 
     # SHAD, unless there are labels; it keeps what it has done as it goes, so SIGTERM may end it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

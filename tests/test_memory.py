@@ -2,6 +2,7 @@
 import pytest
 import torch
 from tests.bench.memory import memory_per_gpu
+
 from tiny import make_model
 
 
