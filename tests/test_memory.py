@@ -1,8 +1,8 @@
 """The estimate of a training step's memory against the tensors that autograd saves."""
 import pytest
 import torch
-from tests.bench.memory import memory_per_gpu
 
+from tests.bench.memory import memory_per_gpu
 from tiny import make_model
 
 
