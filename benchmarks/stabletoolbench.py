@@ -331,8 +331,9 @@ def judge_outputs(items: list[Item], traces: dict[str, list[dict]], options) -> 
         ask = judge_endpoint(options.judge_url, options.judge_model, key, options.timeout)
     other_traces = read_predictions(options.against) if options.against else {}
     if options.against and not any(item.id in other_traces for item in items):
-        raise DataError(f"--against {options.against} matches no query: it holds the id "
-                        f"{next(iter(other_traces), None)!r}, the benchmark {items[0].id!r}.")
+        raise DataError(f"--against {options.against} matches no query: its {len(other_traces)} "
+                        f"ids are like {next(iter(other_traces), None)!r}, the benchmark's like "
+                        f"{items[0].id!r}.")
 
     def verdict(item: Item) -> dict:
         ours = judge(item, traces.get(item.id, []), ask, options.judge_times)

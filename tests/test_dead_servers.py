@@ -215,7 +215,7 @@ def test_a_comparison_that_fails_is_no_loss(tmp_path, serve, capsys):
 def test_a_file_to_compare_with_whose_ids_match_nothing_is_an_error(tmp_path):
     items = make_items(tmp_path, 2)
     against = write(tmp_path / "other.jsonl", '{"id": "bfcl_7", "output": "x"}')
-    with pytest.raises(DataError, match="no query: it holds the id 'bfcl_7', the benchmark '0'"):
+    with pytest.raises(DataError, match="its 1 ids are like 'bfcl_7', the benchmark's like '0'"):
         bench.judge_outputs(items, {}, judged_by(UNREACHABLE, against=against))
 
 
