@@ -6,10 +6,10 @@ import json
 import os
 
 import pytest
-from tiny import write
 
 from benchmarks import nexus
 from support.cli import DataError
+from tiny import write
 
 DATA = os.environ.get("SHAD_RFT_DATA")
 COUNTS = {"cve_cpe": 78, "virustotal": 151, "emailrep": 38, "toolalpaca": 51, "toolllm": 21}

@@ -4,12 +4,12 @@ import re
 import time
 
 import pytest
-from tiny import apigen, write
 from tqdm import tqdm
 
 from support.cli import DataError
 from support.readers import TOOL_PROMPT, Message, call_spans, read_record, read_samples
 from support.records import list_elements, read_records
+from tiny import apigen, write
 
 
 def turns(sample):

@@ -7,12 +7,12 @@ import re
 
 import numpy as np
 import pytest
-from tiny import write
 
 from benchmarks import teval
 from benchmarks.matching import best_matching
 from benchmarks.teval_replies import parse
 from support.cli import DataError
+from tiny import write
 
 DATA = os.environ.get("SHAD_RFT_DATA")
 PROMPT = [{"role": "system", "content": "You have tools."}, {"role": "user", "content": "Do it."},
