@@ -29,7 +29,7 @@ BREAK = "\ufdd0"
 # What is said of a sample that is not rendered as one would think.
 REWRITTEN = "the chat template rewrites earlier turns, which are therefore not scored"
 NOT_A_PREFIX = "the whole conversation does not begin with the tokens of its prompt"
-LEFT_OUT = "the chat template leaves out tools or calls; --template chatml writes them as text"
+LEFT_OUT = "the chat template leaves out tools, calls or answers; --template chatml writes them"
 
 
 class ChatTemplate:
@@ -106,7 +106,7 @@ class ChatTemplate:
                 start = len(os.path.commonprefix([text, other_text]))
             if start is None or end is None:
                 notes.add(REWRITTEN)
-            elif has_names(text[start:end], turns[k].get("tool_calls") or []):
+            elif start < end and has_names(text[start:end], turns[k].get("tool_calls") or []):
                 spans.append((message, start, end))
             else:
                 notes.add(LEFT_OUT)

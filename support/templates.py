@@ -234,7 +234,7 @@ class Renderer:
 
     def output_range(self, text: str, ids, offsets, start: int, end: int) -> tuple[int, int]:
         """The tokens of text[start:end], without white space after the one that ends the turn."""
-        first = bisect.bisect_left(offsets, start, key=lambda offset: offset[0])
+        first = bisect.bisect_right(offsets, start, key=lambda offset: offset[1])
         last = bisect.bisect_right(offsets, end, key=lambda offset: offset[1])
         closing = last
         while closing > first and text[slice(*offsets[closing - 1])].isspace():
