@@ -87,7 +87,7 @@ def stream_samples(path_or_name: str, progress: bool = False, native_calls: bool
 
 def split_slice(path_or_name: str) -> tuple[str, int, int | None]:
     """("train.json", 0, 300) of "train.json[:300]"."""
-    sliced = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", path_or_name)
+    sliced = re.fullmatch(r"(.+)\[(\d{0,18}):(\d{0,18})\]", path_or_name)
     if not sliced:
         return path_or_name, 0, None
     name, first, last = sliced.groups()
@@ -157,6 +157,9 @@ def check_characters(sample: Sample) -> None:
 
 def apigen_messages(record: dict) -> list[Message]:
     """APIGen, also known as xlam-function-calling-60k: one query, answered by a list of calls."""
+    for key in ("tools", "answers"):
+        if record[key] is None:
+            raise DataError(f"{key} is null; fix or remove the record.")
     tools = as_json(record["tools"])
     answers = as_json(record["answers"])
     return [

@@ -261,7 +261,7 @@ def token_ids(settings: dict, key: str, path: str) -> list[int]:
     if value is None:
         return []
     numbers = value if isinstance(value, list) else [value]
-    if not all(type(number) is int and number >= 0 for number in numbers):
+    if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
         raise DataError(f"{path}: {key} is {value!r}, not a whole number; {COPY_AGAIN}.")
     return numbers
 

@@ -266,6 +266,7 @@ good = json.dumps(GOOD)
     ("u.json", [{"conversations": [MARTIAN, GPT]}], ["u.json, record 1", "martian"]),
     ("u.json", [{"messages": [IMAGE]}], ["u.json, record 1", "list"]),
     ("u.json", [{"query": "q", "answers": "[]"}], ["u.json, record 1", "tools"]),
+    ("u.json", [{"query": "q", "answers": None, "tools": []}], ["u.json, record 1", "answers is"]),
     ("u.json", [GOOD, {"conversations": [USER, NO_TEXT]}], ["u.json, record 2"]),
     ("u.json", [GOOD, 7], ["u.json, record 2"]),
     ("u.json", f"[{good}]\n[{good}]", ["u.json, line 2", "after the end of the list"]),
