@@ -51,7 +51,7 @@ class ChatTemplate:
         content = json.dumps([texts, self.variables])
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
         self.templates = compiled(directory, texts)
-        longest_first = sorted(special_tokens, key=len, reverse=True)
+        longest_first = sorted((t for t in special_tokens if len(t) > 1), key=len, reverse=True)
         self.special_token = re.compile("|".join(map(re.escape, longest_first)) or r"\Z.")
 
     def write(self, turns: list[dict], tools=None, add_generation_prompt=False) -> str:
@@ -75,47 +75,53 @@ class ChatTemplate:
     def write_prompt(self, messages: list[Message], tools=None) -> str:
         """The text after which the assistant speaks."""
         turns = [turn_of(message) for message in messages if message.turn != {}]
-        return self.write(self.as_text(turns), self.as_text(tools), add_generation_prompt=True)
+        turns = self.as_plain_text(turns)
+        return self.write(turns, self.as_plain_text(tools), add_generation_prompt=True)
 
-    def write_sample(self, sample: Sample) -> tuple[str, list, set[str]]:
+    def write_sample(self, sample: Sample) -> tuple[str, list, list[str]]:
         """(text, spans, notes): the whole conversation, (message, start, end) of what the assistant
-        says in each scored turn, and what is odd about it.
+        says in each scored turn, and sentences on what is odd about it.
 
         A turn's prompt, and the conversation up to the turn's end, are rendered on their own. Where
         both are prefixes of the whole, the turn stands between their ends. Else the template has
         rewritten it since, as Qwen 3 does by dropping its reasoning.
         """
         messages = [message for message in sample.messages if message.turn != {}]
-        turns = self.as_text([turn_of(message) for message in messages])
-        tools = self.as_text(sample.tools)
+        turns = self.as_plain_text([turn_of(message) for message in messages])
+        tools = self.as_plain_text(sample.tools)
         text = self.write(turns, tools)
         spans = []
-        notes = set()
+        notes = [] if has_names(text, tools or []) else [LEFT_OUT]
         for k, message in enumerate(messages):
             if not message.is_output:
                 continue
-            is_last = k == len(messages) - 1
-            start = self.prefix_length(text, turns[:k], tools, add_generation_prompt=True)
-            end = len(text) if is_last else self.prefix_length(text, turns[:k + 1], tools)
-            if start is None and is_last:
-                # The text depends on the answer only from where it is. Mistral's drops the system
-                # prompt once the answer is there.
-                notes.add(NOT_A_PREFIX)
-                other = {"role": "assistant", "content": BREAK}
-                other_text = self.write([*turns[:k], other], tools)
-                start = len(os.path.commonprefix([text, other_text]))
+            start, end, is_prefix = self.span(text, turns, k, tools)
+            if not is_prefix:
+                notes.append(NOT_A_PREFIX)
             if start is None or end is None:
-                notes.add(REWRITTEN)
+                notes.append(REWRITTEN)
             elif start < end and has_names(text[start:end], turns[k].get("tool_calls") or []):
                 spans.append((message, start, end))
             else:
-                notes.add(LEFT_OUT)
-        if not has_names(text, tools or []):
-            notes.add(LEFT_OUT)
+                notes.append(LEFT_OUT)
         if not spans:
             raise DataError(f"nothing is left to learn from it: {'; '.join(notes)}; "
                             f"remove it, {OR_ELSE}.")
         return text, spans, notes
+
+    def span(self, text: str, turns: list[dict], k: int, tools):
+        """(start, end, is the prompt a prefix of `text`?) of turn k; None for what is not to be
+        found, since the template has rewritten it."""
+        start = self.prefix_length(text, turns[:k], tools, add_generation_prompt=True)
+        if k < len(turns) - 1:
+            return start, self.prefix_length(text, turns[:k + 1], tools), True
+        if start is not None:
+            return start, len(text), True
+        # Mistral's writes the system prompt only before there is an answer. Still, the answer
+        # begins where another answer would make a difference.
+        other = {"role": "assistant", "content": BREAK}
+        other_text = self.write([*turns[:k], other], tools)
+        return len(os.path.commonprefix([text, other_text])), len(text), False
 
     def prefix_length(self, text: str, *arguments, **more) -> int | None:
         """The length of what write(...) gives, if `text` begins with it."""
@@ -135,14 +141,14 @@ class ChatTemplate:
         except DataError:
             return False
 
-    def as_text(self, value):
+    def as_plain_text(self, value):
         """A turn or a list of tools in which no text holds a special token."""
         if isinstance(value, str):
             return self.special_token.sub(lambda match: match[0][0] + BREAK + match[0][1:], value)
         if isinstance(value, list):
-            return [self.as_text(element) for element in value]
+            return [self.as_plain_text(element) for element in value]
         if isinstance(value, dict):
-            return {key: self.as_text(element) for key, element in value.items()}
+            return {key: self.as_plain_text(element) for key, element in value.items()}
         return value
 
 
@@ -202,7 +208,7 @@ def compiled(directory: str, texts: dict[str, str]) -> dict:
         import jinja2.ext
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        version = importlib.metadata.version("jinja2").split(".")[:3]
+        version = re.findall(r"\d+", importlib.metadata.version("jinja2"))
         is_safe = tuple(map(int, version)) >= OLDEST_SAFE_JINJA2
     except ImportError:
         is_safe = False

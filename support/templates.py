@@ -100,8 +100,8 @@ class Renderer:
     def render_batch(self, samples: list[Sample]):
         """Yield (ids, roles, notes) of each sample; texts are tokenized in parallel.
 
-        notes: a set of sentences on what is odd about how the sample is rendered. Raises DataError,
-        naming the sample, where the checkpoint's own template refuses it.
+        notes: sentences on what is odd about how the sample is rendered. Raises DataError, naming
+        the sample, where the checkpoint's own template refuses it.
         """
         render = self.render_chats if self.chat_template else self.render_segments
         for ids, roles, notes in render(samples):
@@ -109,7 +109,7 @@ class Renderer:
                 raise DataError(
                     f"{self.directory}: the tokenizer gives id {max(ids)}, but the model has "
                     f"{self.vocab_size} embeddings; the two do not belong together.")
-            yield ids, roles, notes
+            yield ids, roles, sorted(set(notes))
 
     def output_pieces(self, sample: Sample) -> list[list[str]]:
         """The text of each output token, one list per scored turn."""
@@ -186,7 +186,7 @@ class Renderer:
                     body_roles = token_roles(message, encoding.offsets)
                     body_roles.append(TOKEN_ROLES.index("format"))
                 roles += [0] * len(header) + body_roles + [0] * len(self.gap)
-            yield ids, roles, set()
+            yield ids, roles, []
 
     # ----------------------------------------------------------------------------------------------
     # The checkpoint's own chat template: it writes the whole text, which is then tokenized
@@ -227,7 +227,7 @@ class Renderer:
                 first, last = self.output_range(text, ids, offsets, start, end)
                 roles[first:last] = span_roles(message, text, start, offsets[first:last])
                 if not self.is_prefix(text, ids, offsets, start, first):
-                    notes.add(NOT_A_PREFIX)
+                    notes.append(NOT_A_PREFIX)
             is_kept = kept_tokens(text, offsets)
             ids = list(itertools.compress(ids, is_kept))
             yield ids, list(itertools.compress(roles, is_kept)), notes
@@ -239,8 +239,12 @@ class Renderer:
         closing = last
         while closing > first and text[slice(*offsets[closing - 1])].isspace():
             closing -= 1
-        has_end_token = closing > first and ids[closing - 1] in self.special_tokens
+        has_end_token = closing > first and self.is_special(text, ids, offsets, closing - 1)
         return first, closing if has_end_token else last
+
+    def is_special(self, text: str, ids, offsets, k: int) -> bool:
+        """Whether token k is a special token that stands in the text, not <unk> for another."""
+        return self.special_tokens.get(ids[k]) == text[slice(*offsets[k])].strip()
 
     def is_prefix(self, text: str, ids, offsets, start: int, first: int) -> bool:
         """Whether text[:start] alone is tokenized as it is here, where token `first` follows it.
@@ -248,7 +252,7 @@ class Renderer:
         Special tokens cut a text, so that only what follows the last of them is compared.
         """
         cut = first
-        while cut > 0 and ids[cut - 1] not in self.special_tokens:
+        while cut > 0 and not self.is_special(text, ids, offsets, cut - 1):
             cut -= 1
         cut = max(0, cut - 1)
         cut_at = offsets[cut][0] if cut else 0
