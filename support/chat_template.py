@@ -203,18 +203,28 @@ def template_texts(directory: str, config: dict) -> dict[str, str]:
 
 
 def compiled(directory: str, texts: dict[str, str]) -> dict:
-    """{name: jinja template}, in a sandbox that can neither call Python nor change its input."""
+    """{name: jinja template}."""
     try:
-        import jinja2.ext
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
         version = re.findall(r"\d+", importlib.metadata.version("jinja2"))
         is_safe = tuple(map(int, version)) >= OLDEST_SAFE_JINJA2
+        environment = sandbox() if is_safe else None
     except ImportError:
         is_safe = False
     if not is_safe:
         raise DataError(f"{directory} has a chat template, which needs jinja2 3.1.6 or newer: "
                         f"pip install -U jinja2, {OR_ELSE}.")
+    try:
+        return {name: environment.from_string(text) for name, text in texts.items()}
+    except Exception as e:              # a TemplateError, or of any constant that it computes
+        reason = " ".join(str(e).split())
+        raise DataError(f"the chat template of {directory} is broken ({reason[:300]}); "
+                        f"{COPY_AGAIN}, {OR_ELSE}.") from None
+
+
+def sandbox():
+    """What transformers runs templates in: they can neither call Python nor change their input."""
+    import jinja2.ext                   # here, since only a chat template needs it
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
         """{% generation %} marks an assistant's output; here it only opens a scope."""
@@ -240,9 +250,4 @@ def compiled(directory: str, texts: dict[str, str]) -> dict:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    try:
-        return {name: environment.from_string(text) for name, text in texts.items()}
-    except Exception as e:              # a TemplateError, or of any constant that it computes
-        reason = " ".join(str(e).split())
-        raise DataError(f"the chat template of {directory} is broken ({reason[:300]}); "
-                        f"{COPY_AGAIN}, {OR_ELSE}.") from None
+    return environment
