@@ -223,7 +223,7 @@ def compiled(directory: str, texts: dict[str, str]) -> dict:
 
 def sandbox():
     """What transformers runs templates in: they can neither call Python nor change their input."""
-    import jinja2.ext                   # here, since only a chat template needs it
+    import jinja2.ext  # here, since only a chat template needs it
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
