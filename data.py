@@ -206,7 +206,9 @@ def cache_directory(paths, files, renderer, max_length) -> str:
 @contextlib.contextmanager
 def lock(path: str):
     """Hold a lock file; the system lets go of it however this process ends."""
-    import fcntl    # here, since Windows lacks it
+    # imported here, since Windows lacks it
+    import fcntl
+
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -23,6 +23,7 @@ import shlex
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -425,7 +426,7 @@ def main():
     dataset = Dataset.load(options.data, options.model, options.template, options.max_length)
     if rank == 0:
         print(dataset.describe())
-    shard = shard_model if should_shard(options.shard, device) else None
+    shard = partial(shard_model, device=device) if should_shard(options.shard, device) else None
     run(options, dataset, Transformer.from_pretrained(options.model, device=device, shard=shard))
     if rank == 0:
         data = " ".join(shlex.quote(path) for path in options.data)

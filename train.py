@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -165,8 +166,8 @@ def learning_rate(step: int, steps: int, options: Options) -> float:
     warm = max(1, round(options.warmup * steps))
     if step < warm:
         return options.lr * (step + 1) / warm
-    done = (step - warm) / max(1, steps - warm)
-    return options.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+    angle = math.pi * (step - warm) / max(1, steps - warm)      # from 0 to pi
+    return options.lr * (0.1 + 0.45 * (1 + math.cos(angle)))
 
 
 def metrics_row(step: int, sums: dict, labelled: bool, lr, norm, tokens_per_s) -> dict:
@@ -334,7 +335,7 @@ def main():
     dataset = Dataset.load(options.data, options.model, options.template, options.max_length)
     if rank == 0:
         print(dataset.describe())
-    shard = shard_model if should_shard(options.shard, device) else None
+    shard = partial(shard_model, device=device) if should_shard(options.shard, device) else None
 
     # SHAD, unless there are labels; it keeps what it has done as it goes, so SIGTERM may end it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from support.figures import curves_svg, histogram_svg, mean_interval
 from support.files import replacing
 
 STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
@@ -22,15 +23,6 @@ KEY = (
 )
 FORMAT = re.compile(
     r'^[ \t]*[A-Z][\w ]{0,30}:|"[^"\n]{0,40}"\s*:|[{}\[\]"][:,]*|\s+', re.MULTILINE)
-
-# A figure's size and the edges of its axes in SVG units, which are about pixels
-WIDTH = 440
-HEIGHT = 250
-LEFT = 50
-TOP = 42
-BOTTOM = 212
-LINE_HEIGHT = 14
-LINE_COLOURS = 8
 
 
 def format_table(rows: list[list[str]]) -> str:
@@ -62,6 +54,22 @@ def comparison_rows(summaries: dict[str, dict]) -> list[list[str]]:
     return rows
 
 
+def mean_rows(results: dict[str, dict[str, list]], forms: dict[str, str]) -> list[list[str]]:
+    """A header, and one row per method: mean and 95 % interval of each column.
+
+    `results` are {method: {column: a value per run}}, `forms` {column: its format}, as ".1%".
+    """
+    rows = [["method", *forms]]
+    for name, columns in results.items():
+        row = [name]
+        for column, form in forms.items():
+            mean, half = mean_interval(columns[column])
+            interval = f" \N{PLUS-MINUS SIGN} {half:{form}}" if len(columns[column]) > 1 else ""
+            row.append(f"{mean:{form}}{interval}")
+        rows.append(row)
+    return rows
+
+
 def table_html(rows: list[list[str]]) -> str:
     """Rows as an HTML table, the first of them its header."""
     lines = []
@@ -76,6 +84,25 @@ def summary_html(text: str) -> str:
     """The lines of a summary; on a narrow screen they wrap with a hanging indent."""
     lines = "".join(f"<div>{html.escape(line)}</div>" for line in text.splitlines())
     return f'<div class="summary">{lines}</div>\n'
+
+
+def figure_html(content: str, caption: str, command: str = "") -> str:
+    """A figure or table (HTML) with its caption (text) and the command it comes from."""
+    source = f" <code>{html.escape(command)}</code>" if command else ""
+    caption = f'<figcaption class="note">{html.escape(caption)}{source}</figcaption>'
+    return f"<figure>\n{content}{caption}\n</figure>\n"
+
+
+def choice_html(name: str, bodies: dict[str, str]) -> str:
+    """Radio buttons to choose one of {title (text): body (HTML)}; the name is unique on a page."""
+    parts = []
+    for i, (title, body) in enumerate(bodies.items()):
+        checked = "" if i else " checked"
+        parts.append(
+            f'<input type="radio" name="{name}" id="{name}{i}"{checked}>'
+            f'<label for="{name}{i}">{html.escape(title)}</label>\n<section>\n{body}</section>\n'
+        )
+    return f'<div class="choice">\n{"".join(parts)}</div>\n'
 
 
 def write_page(path: str, title: str, body: str) -> None:
@@ -136,21 +163,23 @@ def sample_html(name: str, given: str, tokens: list[tuple[str, str, str]]) -> st
 
 def labels_body(
     summary_text: str, shares_text: str, threshold: float, difference: np.ndarray,
-    is_reasoning: np.ndarray, samples_html: str,
+    is_reasoning: np.ndarray, samples_html: str, command: str = "",
 ) -> str:
     """The body of labels.html.
 
     `summary_text` is the run's summary and `shares_text` the share of each kind among the tokens
-    shown; `difference` (n,) and `is_reasoning` (n,) are those of all output tokens, and
-    `samples_html` is the samples from `sample_html`, joined.
+    shown; `difference` (n,) and `is_reasoning` (n,) are those of all output tokens, `samples_html`
+    is the samples from `sample_html`, joined, and `command` is what made them.
     """
+    caption = (
+        "LD = loss of the tuned model \N{MINUS SIGN} loss of the base model, in nats, of all "
+        f"{len(difference):,} output tokens, clipped to \N{PLUS-MINUS SIGN}8. Heights are square "
+        "roots of counts, or the peak would hide the rest."
+    )
     return (
         f"{summary_html(summary_text)}"
         "<h2>Loss difference</h2>\n"
-        f"{histogram_svg(difference, is_reasoning)}\n"
-        '<p class="note">LD = loss of the tuned model &minus; loss of the base model, in nats, of '
-        f"all {len(difference):,} output tokens, clipped to &plusmn;8. Heights are square roots of "
-        "counts, or the peak would hide the rest.</p>\n"
+        f"{figure_html(histogram_svg(difference, is_reasoning), caption, command)}"
         f"<h2>Samples</h2>\n{KEY}\n"
         f'<p class="note">Of the tokens below: {html.escape(shares_text)}. SHAD tells reasoning '
         f"(LD &gt; {threshold:g}) from boilerplate; format and connecting are told apart by the "
@@ -159,168 +188,28 @@ def labels_body(
     )
 
 
-# -------------------------------------------------------------------------------------------------
-# Figures: inline SVG whose colours come from the page's style
+def report_html(
+    runs: dict[str, list[dict]], summaries: dict[str, dict], command: str = "",
+) -> str:
+    """The comparison: training curves of {name: metrics} by group of tokens, and the table.
 
-def svg(title: str, content: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
-        f"{content}</svg>\n"
-    )
-
-
-def svg_text(x: float, y: float, text: str, anchor: str = "start", kind: str = "tick") -> str:
-    return (
-        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
-        f"{html.escape(text)}</text>"
-    )
-
-
-def axis(low: float, high: float, start: float, end: float, scale=np.asarray):
-    """An axis that runs from value low at place `start` to value high at `end`.
-
-    Values are evenly spaced in scale(value): np.asarray, np.log10 or np.sqrt. Returns a function
-    from values to places, and the ticks, round values as (place, label).
+    `command` is what made them.
     """
-    def place(values):
-        return start + (end - start) * (scale(values) - scale(low)) / (scale(high) - scale(low))
-
-    decades = 10.0 ** np.arange(-9, 10)
-    rounds = np.outer(decades, (1, 2, 5)).ravel()
-    if scale is np.asarray:
-        step = rounds[rounds >= (high - low) / 6].min()
-        values = np.arange(np.ceil(low / step), high / step + 1e-6) * step
-    else:
-        values = rounds if scale is np.log10 and high < 5000 * low else decades
-        values = values[(low <= values) & (values <= high)]
-    labels = [f"{value:,g}".replace("-", "\N{MINUS SIGN}") for value in values.round(9)]
-    return place, list(zip(place(values), labels, strict=True))
-
-
-def axes(x_label: str, x_ticks: list, y_ticks: list, right: float) -> str:
-    """Both axes as they are drawn: a line across at each y tick, labels below and on the left."""
-    parts = [svg_text((LEFT + right) / 2, BOTTOM + 33, x_label, "middle")]
-    for x, label in x_ticks:
-        parts.append(svg_text(x, BOTTOM + 17, label, "middle"))
-    for y, label in y_ticks:
-        parts.append(f'<line x1="{LEFT}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(svg_text(LEFT - 4, y + 4, label, "end"))
-    return "".join(parts)
-
-
-def histogram_svg(difference: np.ndarray, is_reasoning: np.ndarray) -> str:
-    """A histogram of LD (n,), clipped to +-8 nats, of the reasoning and the boilerplate tokens.
-
-    Heights are square roots of counts, or the peak would hide the rest.
-    """
-    edges = np.linspace(-8, 8, 65)
-    clipped = np.clip(difference, -8, 8)
-    boilerplate, _ = np.histogram(clipped[~is_reasoning], edges)
-    reasoning, _ = np.histogram(clipped[is_reasoning], edges)
-    most = max(1, boilerplate.max(), reasoning.max())
-    x, x_ticks = axis(-8, 8, LEFT, WIDTH)
-    y, y_ticks = axis(0, most, BOTTOM, TOP, np.sqrt)
-    y_ticks = [tick for tick in y_ticks if BOTTOM - tick[0] > LINE_HEIGHT]      # lower ones crowd
-
-    parts = [axes("loss difference LD (nats)", x_ticks, y_ticks, WIDTH)]
-    for name, counts, colour, place, anchor in (
-        ("boilerplate", boilerplate, 5, LEFT, "start"),
-        ("reasoning", reasoning, 1, WIDTH, "end"),
-    ):
-        label = svg_text(place, 12, f"{name}: {counts.sum():,} tokens", anchor, "label")
-        parts.append(f'<g style="color:var(--line{colour})">{label}')
-        for left, right, count in zip(edges, edges[1:], counts, strict=False):
-            if count:
-                top = y(count)
-                parts.append(
-                    f'<rect x="{x(left):.1f}" y="{top:.1f}" width="{x(right) - x(left) - 1:.1f}" '
-                    f'height="{BOTTOM - top:.1f}"><title>{name}, LD {left:.2f} to {right:.2f}: '
-                    f"{count:,} tokens</title></rect>"
-                )
-        parts.append("</g>")
-    return svg("Histogram of the loss difference", "".join(parts))
-
-
-def spread(wanted: list[float], gap: float, low: float, high: float) -> np.ndarray:
-    """Places near the wanted ones, at least `gap` apart, and between low and high if they fit."""
-    places = np.clip(wanted, low, high)
-    order = np.argsort(places, kind="stable")
-    for before, after in zip(order, order[1:], strict=False):
-        places[after] = max(places[after], places[before] + gap)
-    for i in order[::-1]:
-        places[i] = min(places[i], high)
-        high = places[i] - gap
-    return places
-
-
-def line_plot(title: str, x_label: str, y_label: str, series: dict, log_y: bool = False) -> str:
-    """A figure of lines {name: (x, y)}, each named at its end.
-
-    A logarithmic y axis begins at a ten-thousandth of the largest value if there are smaller ones.
-    """
-    all_x = np.concatenate([xs for xs, ys in series.values()])
-    all_y = np.concatenate([ys for xs, ys in series.values()])
-    low = all_y.min()
-    high = all_y.max()
-    if log_y:
-        low = 0.8 * max(low, high / 10_000)
-        high = 1.1 * high
-    right = WIDTH - 18 - 7 * max(map(len, series))              # leaves room for the names
-    x, x_ticks = axis(all_x.min(), max(all_x.max(), all_x.min() + 1), LEFT, right)
-    y, y_ticks = axis(low, high, BOTTOM, TOP, np.log10 if log_y else np.asarray)
-    parts = [
-        svg_text(0, 12, title, "start", "title"),
-        svg_text(0, 28, y_label),
-        axes(x_label, x_ticks, y_ticks, right),
-    ]
-
-    # where lines end close together their names are pushed apart; each is tied to its line
-    ends = [y(max(ys[-1], low)) for xs, ys in series.values()]
-    places = spread(ends, LINE_HEIGHT, TOP, BOTTOM)
-    for i, (name, (xs, ys)) in enumerate(series.items()):
-        points = zip(x(xs), y(np.maximum(ys, low)), strict=True)
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-        parts.append(
-            f'<g style="color:var(--line{i % LINE_COLOURS})"><polyline points="{path}">'
-            f"<title>{html.escape(name)}</title></polyline>"
-            f'<polyline class="tie" points="{x(xs[-1]):.1f},{ends[i]:.1f} '
-            f'{right + 10:.1f},{places[i]:.1f}"/>'
-            f'{svg_text(right + 13, places[i] + 4, name, "start", "label")}</g>'
-        )
-    return svg(f"{title}: {y_label}", "".join(parts))
-
-
-def curves_svg(title: str, curves: dict[str, list[float | None]]) -> str:
-    """Training curves {name: loss of each step}, smoothed over a fortieth of the steps.
-
-    A step without a loss (None) is filled in from its neighbours; a curve without any is left out.
-    """
-    series = {}
-    for name, curve in curves.items():
-        losses = np.array(curve, float)                         # None becomes NaN
-        known = np.isfinite(losses)
-        if known.any():
-            steps = np.arange(1, len(losses) + 1)
-            losses = np.interp(steps, steps[known], losses[known])
-            window = max(1, len(losses) // 40)
-            padded = np.pad(losses, (window // 2, window - 1 - window // 2), "edge")
-            series[name] = (steps, np.convolve(padded, np.ones(window) / window, "valid"))
-    return line_plot(title, "step", "training loss (nats)", series, log_y=True) if series else ""
-
-
-def report_html(runs: dict[str, list[dict]], summaries: dict[str, dict]) -> str:
-    """The comparison: training curves of {name: metrics} by group of tokens, and the table."""
     panels = []
     for group in ("reasoning", "boilerplate"):
         curves = {}
         for name, metrics in runs.items():
             curves[name] = [step[f"loss_{group}"] for step in metrics]
         panels.append(curves_svg(f"{group.capitalize()} tokens", curves))
+    panels = f'<div class="panels">\n{"".join(panels)}</div>\n'
+    curves_caption = "Each curve is a moving average over a fortieth of the steps."
+    table_caption = (
+        "Mean loss in nats by the true role of the tokens, and the share of calls that are exactly "
+        "right. Held-in tasks are made of the words and phrases of the training data; held-out "
+        "tasks have other tools, arguments, values and wordings."
+    )
     return (
-        f'<h2>Training curves</h2>\n<div class="panels">\n{"".join(panels)}</div>\n'
+        f"<h2>Training curves</h2>\n{figure_html(panels, curves_caption, command)}"
         "<h2>Losses and success: held-in / held-out</h2>\n"
-        f"{table_html(comparison_rows(summaries))}\n"
-        '<p class="note">Mean loss in nats by the true role of the tokens, and the share of calls '
-        "that are exactly right. Held-in tasks are made of the words and phrases of the training "
-        "data; held-out tasks have other tools, arguments, values and wordings.</p>\n"
+        f"{figure_html(table_html(comparison_rows(summaries)), table_caption, command)}"
     )

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -328,15 +329,19 @@ def test_a_finished_run_has_nothing_to_resume(work):
 
 def test_metrics_survive_a_kill_while_they_are_cut(work, unfinished, monkeypatch):
     """On resuming, metrics.jsonl is cut to the steps of the checkpoint; no kill loses a line."""
-    def killed(*_):
+    rows = []
+
+    def killed(row):
+        rows.append(row)
         raise KeyboardInterrupt
 
     arguments = training(work, unfinished, 6, "--checkpoint-every", 2, "--resume")
-    monkeypatch.setattr(support.checkpoints.json, "dumps", killed)
+    json_that_is_killed = SimpleNamespace(load=json.load, loads=json.loads, dumps=killed)
+    monkeypatch.setattr(support.checkpoints, "json", json_that_is_killed)
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
     with pytest.raises(KeyboardInterrupt):
         train.main()
-    monkeypatch.undo()
+    assert rows[0]["step"] == 1             # killed as it wrote the first line
     assert len(metrics(unfinished)) == 5
 
 

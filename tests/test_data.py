@@ -7,12 +7,12 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from tiny import apigen, talk, write
 
 from data import Dataset, collate, epoch_batches, micro_batches
 from support.cli import DataError
 from support.readers import read_samples
 from support.templates import Renderer
+from tiny import apigen, talk, write
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from model import Transformer
 from processes import launch, wait_until
 from stable import query
 from support.cli import DataError
-from support.generate import generate, generate_stream
+from support.generate import generate
 from support.readers import Message, toy_samples
 from support.templates import Renderer
 from tiny import make_model, read_lines, write
@@ -138,24 +138,6 @@ def test_each_conversation_gets_its_answer_or_none_without_room_for_it(speaker, 
     answers = list(make_responder(*speaker, 24, max_length=24)(conversations))
     assert answers == [(i, None) for i in range(13)]
     assert list(make_responder(*speaker, 24)([])) == []
-
-
-@pytest.mark.parametrize("cache_tokens", [1, 90, 200, 10_000])
-def test_the_size_of_the_cache_changes_nothing(cache_tokens):
-    model = make_model(60)
-    prompts = []
-    for i, length in enumerate((9, 2, 40, 5, 17, 3, 31, 2, 8)):
-        prompts.append([1 + (7 * i * j) % 50 for j in range(1, length)])
-    free = [generate(model, [prompt], 20, set())[0] for prompt in prompts]
-    # rows end at different steps, some never
-    stops = {free[0][5], free[2][3], free[4][9], free[7][1]}
-    one_by_one = [generate(model, [prompt], 20, stops)[0] for prompt in prompts]
-    assert len({len(output) for output in one_by_one}) > 2
-    together = generate(model, prompts, 20, stops, cache_tokens=cache_tokens)
-    assert together == one_by_one
-    finished = list(generate_stream(model, prompts, 20, stops, cache_tokens=cache_tokens))
-    assert len(finished) == len(prompts)
-    assert dict(finished) == dict(enumerate(one_by_one))
 
 
 # --------------------------------------------------------------------------------------------------

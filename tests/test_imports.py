@@ -1,4 +1,4 @@
-"""Imports run one way: from the method's files down to what they stand on, and never in a circle."""
+"""Imports run one way, from the method's files down to what they stand on, never in a circle."""
 import ast
 import json
 import subprocess
@@ -77,7 +77,9 @@ def test_no_module_imports_itself_by_way_of_others():
     TopologicalSorter(GRAPH).prepare()      # raises CycleError, naming the circle
 
 
-@pytest.mark.parametrize("name, packages", [("rft", {"torch"}), ("model", {"torch", "safetensors"})])
+@pytest.mark.parametrize("name, packages", [
+    ("rft", {"torch"}),
+    ("model", {"torch", "safetensors"})])
 def test_files_to_copy_need_only_torch_and_its_companions(name, packages):
     needed = {room(imported) for imported in imports(MODULES[name])} - sys.stdlib_module_names
     needed.discard("huggingface_hub")       # imported where a hub id is given

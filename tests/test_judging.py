@@ -1,5 +1,9 @@
 """StableToolBench's verdicts and figures: pass rate, win rate, and what needs no judge."""
 import pytest
+
+from benchmarks import servers
+from benchmarks import stabletoolbench as bench
+from benchmarks.judging import compare, judge, summary
 from stable import (
     GIVE_UP,
     LIST,
@@ -13,10 +17,6 @@ from stable import (
     turn,
 )
 from tiny import write
-
-from benchmarks import servers
-from benchmarks import stabletoolbench as bench
-from benchmarks.judging import compare, judge, summary
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ import json
 import re
 
 import pytest
-from tiny import apigen, write
 from tqdm import tqdm
 
 from support.cli import DataError
@@ -14,6 +13,7 @@ from support.readers import (
     list_elements,
     read_samples,
 )
+from tiny import apigen, write
 
 
 def turns(sample):

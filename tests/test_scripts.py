@@ -13,10 +13,16 @@ from data import Dataset
 from model import Transformer
 from processes import launch
 from support.readers import toy_samples
-from tiny import apigen, make_checkpoint, make_model, make_tokenizer, read_lines, write
+from tiny import (
+    METRICS,
+    apigen,
+    make_checkpoint,
+    make_model,
+    make_tokenizer,
+    read_lines,
+    write,
+)
 
-FIELDS = {"step", "loss", "loss_reasoning", "loss_boilerplate", "weight_reasoning",
-          "weight_boilerplate", "lr", "grad_norm", "tokens_per_s"}
 MODEL = ["--model", "model", "--data", "data.json"]
 TUNING = ["--shuffle", 12, "--lr", "1e-3", "--epochs", 2, "--batch-tokens", 1500,
           "--micro-tokens", 800, "--seed", 3]
@@ -114,7 +120,7 @@ def test_sft_lowers_the_loss_and_changes_the_weights(work, tmp_path):
     assert "sft: 5 steps" in text
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    assert all(set(row) == FIELDS for row in rows)
+    assert all(set(row) == METRICS for row in rows)
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert largest_difference(weights(tmp_path), weights(work)) > 1e-3
 
@@ -129,7 +135,7 @@ def test_rft_with_labels_reports_both_groups(rft):
     rows = metrics(rft)
     assert len(rows) == 5
     for row in rows:
-        assert set(row) == FIELDS
+        assert set(row) == METRICS
         assert row["loss_reasoning"] > 0
         assert 0 < row["weight_reasoning"] < 1
     assert not (rft / "labels").exists()

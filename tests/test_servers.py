@@ -2,12 +2,12 @@
 import json
 
 import pytest
-from stable import GIVE_UP, LIST, PRICE, answered, chat, local_servers, query, say, turn
-from tiny import write
 
 from benchmarks import servers
 from benchmarks import stabletoolbench as bench
+from stable import GIVE_UP, LIST, PRICE, answered, chat, local_servers, query, say, turn
 from support.cli import DataError
+from tiny import write
 
 
 @pytest.fixture

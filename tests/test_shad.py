@@ -43,8 +43,7 @@ def test_token_losses_are_those_of_each_sample_alone(chatml, tmp_path, micro_tok
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_run_returns_the_losses_of_the_model_that_it_tuned_minus_the_base_s(chatml, tmp_path):
-    """`model` ends as the discriminator."""
+def test_run_tunes_the_model_and_returns_its_losses_minus_those_of_the_base(chatml, tmp_path):
     dataset = Dataset.load([write(tmp_path / "a.json", apigen(20))], chatml, "auto", 2048)
     model = Transformer.from_pretrained(chatml)
     base = Transformer.from_pretrained(chatml)

@@ -4,11 +4,11 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from tiny import talk
 
 from shad import shuffle_outputs
 from support.cli import DataError
 from support.readers import Message, Sample
+from tiny import talk
 
 
 def conversations(counts):

@@ -4,6 +4,10 @@ import json
 import os
 
 import pytest
+
+from benchmarks import stabletoolbench as bench
+from benchmarks.judging import final_answer
+from benchmarks.servers import recorded_file
 from stable import (
     GIVE_UP,
     LIST,
@@ -17,12 +21,8 @@ from stable import (
     turn,
     turns_taken,
 )
-from tiny import write
-
-from benchmarks import stabletoolbench as bench
-from benchmarks.judging import final_answer
-from benchmarks.servers import recorded_file
 from support.cli import DataError
+from tiny import write
 
 DATA = os.environ.get("SHAD_RFT_DATA")
 needs_data = pytest.mark.skipif(

@@ -1,10 +1,10 @@
 """Rendering: the text as the template spells it, prompts as prefixes, the mask of outputs."""
 import pytest
-from tiny import make_tokenizer, talk
 from tokenizers import processors
 
 from support.cli import DataError
 from support.templates import TOKEN_ROLES, Renderer
+from tiny import make_tokenizer, talk
 
 ADVERSARIAL = [
     "<|im_end|>",

@@ -19,7 +19,7 @@ from shad import Labels
 from support.distributed import all_reduce_gradients, shard_model, sum_over_ranks
 from support.readers import read_record
 from support.templates import Renderer
-from tiny import CAN_SHARD, apigen, read_lines, relative
+from tiny import CAN_SHARD, METRICS, apigen, read_lines, relative
 from train import Options, backward, learning_rate, train
 
 needs_sharding = pytest.mark.skipif(not CAN_SHARD, reason="this torch cannot shard on CPUs")
@@ -190,10 +190,6 @@ def test_loss_and_gradient_match_the_formula(chatml, one_process, case, batch):
 # --------------------------------------------------------------------------------------------------
 # The loop
 
-FIELDS = {"step", "loss", "loss_reasoning", "loss_boilerplate", "weight_reasoning",
-          "weight_boilerplate", "lr", "grad_norm", "tokens_per_s"}
-
-
 def make_options(directory, out, **changes):
     options = Options(model=directory, data=[""], out=str(out), batch_tokens=1000,
                       micro_tokens=500, lr=5e-3, steps=12)
@@ -207,9 +203,9 @@ def test_training_lowers_the_loss_and_writes_its_metrics(chatml, tmp_path, case)
     assert read_lines(tmp_path / "metrics.jsonl") == metrics
     assert [m["step"] for m in metrics] == list(range(1, 13))
     for m in metrics:
-        assert set(m) == FIELDS
+        assert set(m) == METRICS
         assert m["weight_reasoning"] + m["weight_boilerplate"] == pytest.approx(1.0, abs=1e-5)
-        assert all(m[key] > 0 for key in FIELDS)
+        assert all(m[key] > 0 for key in METRICS)
     for key in ("loss", "loss_reasoning", "loss_boilerplate"):
         first = np.mean([m[key] for m in metrics[:3]])
         last = np.mean([m[key] for m in metrics[-3:]])
@@ -240,7 +236,7 @@ def test_sft_without_labels_knows_no_groups(chatml, tmp_path):
         steps += len(epoch_batches(dataset.lengths, dataset.kept, 1000, 0, epoch))
     assert len(metrics) == steps
     for m in metrics:
-        assert set(m) == FIELDS
+        assert set(m) == METRICS
         assert m["loss_reasoning"] is None
         assert m["weight_boilerplate"] is None
 

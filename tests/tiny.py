@@ -10,6 +10,8 @@ from model import Config, Transformer
 from support.readers import Message, Sample
 
 CAN_SHARD = hasattr(torch.cpu.Stream, "record_event")       # FSDP2 on CPUs: not in torch 2.6
+METRICS = {"step", "loss", "loss_reasoning", "loss_boilerplate", "weight_reasoning",
+           "weight_boilerplate", "lr", "grad_norm", "tokens_per_s"}
 CITIES = ["Oslo", "Bern", "Quito", "Lima", "Accra", "Hanoi", "Turin", "Cork"]
 CORPUS = [
     f"user assistant system tool What is the weather in {city}? "
