@@ -23,7 +23,7 @@ from support.cli import DataError
 from support.readers import ROLES, Message, read_object
 
 MAX_NEW_TOKENS = 512
-MAX_CHARACTERS = 10_000     # of a reply; the longest reference plan has 4,600, and 20 steps
+MAX_CHARACTERS = 10_000     # of a reply; the longest reference plan has 4,600 in 20 steps
 
 # {ability: {category: the parts of its score that count}}, as upstream averages them: an ability's
 # score is the mean over its categories, the overall score is the mean over the six abilities.
@@ -46,11 +46,11 @@ LANGUAGES = {"en": "English", "zh": "Chinese"}
 
 
 def items(folder: str, language: str = "en") -> list[Item]:
-    """The items of T-Eval's files in a folder, such as plan_json_v2.json: those in `language`.
+    """The items of a folder's files in one language, such as plan_json_v2.json.
 
-    Names in Chinese ("zh") have _zh, and those of upstream's fifth of the data _subset, as in
-    review_str_v2_subset_zh.json. A folder holds one version of each file and language. An item's
-    id is CATEGORY_KEY, its key in the file.
+    Chinese files ("zh") have _zh in their names, and those of upstream's subset, a fifth of the
+    data, have _subset. A folder holds one version of each file and language. An item's id is
+    CATEGORY_KEY, its key in the file.
     """
     paths = find_files(folder, language)
     found = []
@@ -158,12 +158,12 @@ def judge(item: Item, output: str, embed=lexical_trigrams) -> dict:
     upstream's is the sentence model all-mpnet-base-v2, in Chinese gte-large-zh. Plan's score is
     "f1"; "f1_upstream" is what upstream reports.
     """
-    wrong = {"correct": False, "score": 0.0, "parts": {}}
-    if "fault" in item.reference:
-        return wrong | {"reason": f"{DATA_FAULT} {item.reference['fault']}"}
+    fault = item.reference.get("fault")
     output = clean(output)
-    if len(output) > MAX_CHARACTERS:
-        return wrong | {"reason": f"longer than {MAX_CHARACTERS:,} characters"}
+    if fault or len(output) > MAX_CHARACTERS:
+        too_long = f"longer than {MAX_CHARACTERS:,} characters"
+        reason = f"{DATA_FAULT} {fault}" if fault else too_long
+        return {"correct": False, "reason": reason, "score": 0.0, "parts": {}}
     task, _, form = item.category.rpartition("_")       # form: json, string or str
     if task == "instruct":
         parts = judge_instruct(item.reference, output, form)
