@@ -34,6 +34,7 @@ from model import CheckpointError, Transformer, checkpoint_files, resolve
 from shad import load_labels, token_losses
 from support.cli import DataError, option, parse_options, run_script
 from support.distributed import barrier, init_distributed, mixed_precision, rank_and_world
+from support.embed import sentence_encoder
 from support.files import replacing, write_json
 from support.generate import generate_stream
 from support.readers import toy_samples
@@ -60,8 +61,17 @@ class Options:
     labels: str = option(None, "labels of shad.py for the same data (loss)")
     count: int = option(200, "toy samples of each kind, held-in and held-out", low=1)
     micro_tokens: int = option(4096, "tokens per forward, padding included (loss)", low=1)
-    template: str = option("auto", "chat template", choices=["auto", "chatml", "plain"])
+    template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
+                                   "tokenizer has its tokens, else plain; raw: the text as it is",
+                           choices=["auto", "chatml", "plain", "raw"])
     seed: int = option(1, "seed of the toy samples; train.py's are made with others")
+    # T-Eval and Nexus
+    language: str = option("en", "language of T-Eval's files", choices=["en", "zh"])
+    embed: str = option(None, "sentence model for T-Eval (a Hugging Face directory of the BERT or "
+                              "MPNet family); without one, a plain lexical comparison")
+    prompt: str = option("tools", "how Nexus asks: tools (the prompt of the training data), or "
+                                  "raven, NexusRaven's own, with --template raw",
+                         choices=["tools", "raven"])
     # StableToolBench: where calls are answered (one of three; without any, none is), and who judges
     server: str = option(None, "address of its server of APIs (key: $TOOLBENCH_KEY)")
     cache: str = option(None, "folder of its cached responses, instead of a server")
@@ -123,7 +133,7 @@ def make_responder(model: Transformer, renderer: Renderer, max_new_tokens: int, 
             yield i, None
         with mixed_precision(model.head.device):
             outputs = generate_stream(model, [prompts[i] for i in asked], max_new_tokens,
-                                      {renderer.end}, cache_tokens=cache_tokens)
+                                      renderer.stop_ids, cache_tokens=cache_tokens)
             for n, ids in outputs:
                 yield asked[n], renderer.tokenizer.decode(ids, skip_special_tokens=False)
 
@@ -205,6 +215,14 @@ def open_log(path: str, settings: dict):
 # --------------------------------------------------------------------------------------------------
 # A benchmark, from its items to its figures
 
+def load_items(bench, options: Options) -> list[Item]:
+    """All items of a benchmark."""
+    if bench is toy:
+        return toy.items(options.count, options.seed)
+    own = {"teval": {"language": options.language}, "nexus": {"prompt": options.prompt}}
+    return bench.items(options.data[0], **own.get(options.bench, {}))
+
+
 def select_items(items: list[Item], options: Options) -> list[Item]:
     """The items that --categories and --limit leave."""
     known = list(dict.fromkeys(item.category for item in items))
@@ -218,7 +236,7 @@ def select_items(items: list[Item], options: Options) -> list[Item]:
         selected += of_category[:options.limit or None]
     if not selected:
         raise DataError(f"{' '.join(options.data)} holds no items of {options.bench}; "
-                        "see the README for the folder's layout.")
+                        "see benchmarks/README.md for the folder's layout.")
     return selected
 
 
@@ -226,7 +244,7 @@ def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
     """(summary, verdicts) of a checkpoint, or of predictions made elsewhere, on a benchmark."""
     bench = importlib.import_module(f"benchmarks.{options.bench}")
     is_toy = bench is toy
-    all_items = toy.items(options.count, options.seed) if is_toy else bench.items(options.data[0])
+    all_items = load_items(bench, options)
     items = select_items(all_items, options)
     texts = []
     for item in all_items:
@@ -267,7 +285,10 @@ def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
     if hasattr(bench, "judge_outputs"):
         verdicts = bench.judge_outputs(items, outputs, options)
     else:
-        verdicts = judge_outputs(bench, items, outputs)
+        judge_options = {}
+        if options.bench == "teval" and options.embed:
+            judge_options["embed"] = sentence_encoder(options.embed, device)
+        verdicts = judge_outputs(bench, items, outputs, **judge_options)
     summary |= count_verdicts(verdicts)
     if not getattr(bench, "HAS_ACCURACY", True):
         del summary["categories"]

@@ -86,7 +86,12 @@ class Options:
     batch_tokens: int = option(8192, "tokens per global batch", low=1)
     micro_tokens: int = option(4096, "tokens per forward on one rank, padding included", low=1)
     max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
-    template: str = option("auto", "chat template", choices=["auto", "chatml", "plain"])
+    template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
+                                   "tokenizer has its tokens, else plain",
+                           choices=["auto", "chatml", "plain"])
+    native_calls: bool = option(False, "send APIGen's and ShareGPT's calls through the "
+                                       "checkpoint's own chat template, as tool calls; "
+                                       "else they are text")
     seed: int = option(0, "seed of the batch order")
     # scale and safety
     checkpoint_every: int = option(500, "steps between checkpoints in OUT/checkpoints; 0: only "
@@ -332,7 +337,8 @@ def main():
     if finished_before(options):
         return
     barrier()                                   # every rank has looked before one begins to write
-    dataset = Dataset.load(options.data, options.model, options.template, options.max_length)
+    dataset = Dataset.load(options.data, options.model, options.template, options.max_length,
+                           options.native_calls)
     if rank == 0:
         print(dataset.describe())
     shard = partial(shard_model, device=device) if should_shard(options.shard, device) else None
@@ -346,7 +352,7 @@ def main():
             shad_options = shad.Options(
                 model=options.model, data=options.data, out=options.labels,
                 micro_tokens=options.micro_tokens, max_length=options.max_length,
-                seed=options.seed)
+                template=options.template, native_calls=options.native_calls, seed=options.seed)
             shad.run(shad_options, dataset, model)
             del model
             if rank == 0:

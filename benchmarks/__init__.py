@@ -54,16 +54,16 @@ def read_predictions(path: str) -> dict[str, str]:
     return outputs
 
 
-def judge_outputs(bench, items: list[Item], outputs: dict[str, str | None]) -> list[dict]:
-    """A verdict on every item; an item without output is wrong.
+def judge_outputs(bench, items: list[Item], outputs: dict[str, str | None], **options):
+    """A verdict on every item, a list of dicts; an item without output is wrong.
 
-    An output is None where the prompt left no room for it.
+    An output is None where the prompt left no room for it. options: of the benchmark's judge.
     """
     verdicts = []
     for item in items:
         output = outputs.get(item.id)
         if output is not None:
-            verdict = bench.judge(item, output)
+            verdict = bench.judge(item, output, **options)
         elif item.id in outputs:
             verdict = {"correct": False, "reason": "prompt too long for the model"}
         else:
