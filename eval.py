@@ -326,7 +326,8 @@ def evaluate_toy(model: Transformer, renderer: Renderer, count: int, seed: int,
     outputs = {}
     silent = rank_and_world()[0] > 0
     answers = single_turn(by_length(items), respond)
-    for item, text in tqdm(answers, "generate", len(items), unit="item", disable=silent):
+    bar = tqdm(answers, "generate", len(items), unit="item", leave=None, disable=silent)
+    for item, text in bar:
         outputs[item.id] = text
     verdicts = judge_outputs(toy, items, outputs)
     summary = count_verdicts(verdicts) | toy.summary(verdicts)

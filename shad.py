@@ -151,7 +151,7 @@ def token_losses(model, dataset: Dataset, micro_tokens: int, title: str, directo
     total = int(dataset.lengths.sum())
     left = sum(int(dataset.lengths[parts[p]].sum()) for p in todo)
     bar = tqdm(desc=title, total=total, initial=total - left, unit="token", unit_scale=True,
-               disable=rank > 0)
+               leave=None, disable=rank > 0)
     for first in range(0, len(todo), world):
         # One part per rank at a time. Ranks that share a model must make the same number of
         # forwards, so each knows the plans of all and fills up with empty micro-batches.
