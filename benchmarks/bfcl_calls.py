@@ -6,17 +6,31 @@ import re
 import warnings
 from typing import NamedTuple
 
+from benchmarks.native_calls import native_calls
+
 LONGEST = 10_000    # characters of an output: parsers and patterns need bounded time on any text
 
 
 def decode(output: str, language: str) -> list[tuple[str, dict]]:
-    """The calls [(name, {argument: value})] in a model's text, which is JSON or in `language`.
+    """The calls [(name, {argument: value})] in a model's text.
 
+    The prompt asks for JSON or calls in `language`; a model's own tool-call form is read as well.
     Java and JavaScript values stay source text: what they mean depends on the documents' types.
     Raises ValueError if no calls can be read, and what json.loads and ast.parse raise besides.
     """
     if len(output) > LONGEST:
         raise ValueError(f"longer than {LONGEST:,} characters")
+    try:
+        return requested_calls(output, language)
+    except Exception:
+        calls = native_calls(output)
+        if calls is None:
+            raise
+        return calls
+
+
+def requested_calls(output: str, language: str) -> list[tuple[str, dict]]:
+    """A JSON list of {"name", "arguments"}, or calls in `language`, perhaps in a fence."""
     try:
         content = json.loads(re.sub(r"^```(?:json)?|```$", "", output.strip()))
     except ValueError:
