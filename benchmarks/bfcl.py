@@ -224,7 +224,7 @@ def why_wrong(item: Item, output: str) -> str | None:
         calls = decode(output, language)
     except Exception as e:      # ast.parse and json.loads raise more than ValueError
         calls = []
-        failure = f"no calls can be read: {e}"
+        failure = f"no calls can be read: {str(e) or type(e).__name__}"
 
     # Whether there is a call is all that counts in these two; text that cannot be read has none.
     if "irrelevance" in item.category:
