@@ -1,4 +1,9 @@
-"""StableToolBench's environments, and its judge: servers, a cache folder, recorded responses."""
+"""What StableToolBench talks to: the environment that answers its calls, and the judge.
+
+An environment is a function call(category, tool, api, tool_input) -> {"error", "response"}, with
+"source" where the response comes from or "fault" why there is none. It is StableToolBench's own
+server, a cache folder in that server's layout, or a file of responses recorded in earlier runs.
+"""
 import ast
 import functools
 import http.client
@@ -12,135 +17,193 @@ import urllib.request
 from support.cli import DataError
 from support.readers import read_records
 
+ATTEMPTS = 3            # at a request that times out, fails with 5xx or 429, or returns nonsense
+MAX_BRACKETS = 300      # no API's input nests as deeply; deeper texts would exhaust the stack
+MAX_REPLY_BYTES = 1 << 24
+BROKEN_REPLY = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
-ATTEMPTS = 3            # of a request that times out, fails with 5xx or 429, or is answered with nonsense
 
+def parse_input(text: str) -> dict | str:
+    """The dict that a call's input spells, as JSON or as a Python literal; {} if it is empty.
 
-def input(text: str):
-    """The dict that a call's input spells, in JSON or as a Python literal; {} for no text; else the text as it is."""
-    if text.count("{") + text.count("[") > 300:         # no API's input nests so deep, and nothing below may run out of stack
+    Any other text is returned as it is.
+    """
+    if text.count("{") + text.count("[") > MAX_BRACKETS:
         return text
-    for parse in (lambda t: json.loads(t, strict=False), ast.literal_eval):
+    for parse in (functools.partial(json.loads, strict=False), ast.literal_eval):
         try:
             value = parse(text.strip() or "{}")
-            if isinstance(value, dict) and json.dumps(value, sort_keys=True):       # it can be sent, and compared in any order
+            # what json can sort can be sent, and compared in any order of its keys
+            if isinstance(value, dict) and json.dumps(value, sort_keys=True):
                 return value
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            pass
+            continue
     return text
 
 
+# --------------------------------------------------------------------------------------------------
+# Requests
+
 def post(url: str, body: dict, headers: dict, timeout: float, read):
-    """(read(the JSON answer), None) of a POST, or (None, fault): "timeout", "unreachable", "http CODE" or "nonsense"."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    """POST a JSON body. Returns (read(the JSON reply), None), or (None, fault).
+
+    The fault is "timeout", "unreachable", "http CODE", or "nonsense" if `read` raises.
+    """
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     for name, value in headers.items():
-        request.add_unredirected_header(name, value)                        # keys go to this host only
+        request.add_unredirected_header(name, value)        # a redirect does not get the keys
     for attempt in range(ATTEMPTS):
         time.sleep(attempt)
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
-                return read(json.loads(answer.read(1 << 24))), None
+            with urllib.request.urlopen(request, timeout=timeout) as reply:
+                return read(json.loads(reply.read(MAX_REPLY_BYTES))), None
         except urllib.error.HTTPError as e:
             e.close()
             fault = f"http {e.code}"
             if e.code < 500 and e.code != 429:
                 break
         except OSError as e:
-            fault = "timeout" if isinstance(getattr(e, "reason", e), TimeoutError) else "unreachable"
-        except (http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            timed_out = isinstance(getattr(e, "reason", e), TimeoutError)
+            fault = "timeout" if timed_out else "unreachable"
+        except (http.client.HTTPException, *BROKEN_REPLY):
             fault = "nonsense"
     return None, fault
 
 
-def reply(value: dict) -> dict:
-    return {"error": value["error"], "response": value["response"]}
-
-
-def failure(fault: str) -> dict:
-    """What the agent sees, in upstream's words, when the environment itself fails; the fault is counted in the summary."""
-    status = f". status_code={fault[5:]}" if fault.startswith("http ") else ""
-    error = "Timeout error..." if fault == "timeout" else f"request invalid, data error{status}"
-    return {"error": error, "response": "", "fault": fault}
-
-
-def server(url: str, key: str = "", timeout: float = 60.0):
-    """The environment behind StableToolBench's own server: call(category, tool, api, input) posts to URL/virtual."""
-    url = checked_url(url).removesuffix("/virtual") + "/virtual"
-
-    def call(category: str, tool: str, api: str, tool_input) -> dict:
-        body = {"category": category, "tool_name": tool, "api_name": api, "tool_input": tool_input, "strip": "truncate",
-                "toolbench_key": key}
-        reply, fault = post(url, body, {"toolbench_key": key}, timeout, reply)
-        return failure(fault) if fault else reply | {"source": "server"}
-    return call
-
-
 def checked_url(url: str) -> str:
     if not re.match(r"https?://[^/]", url):
-        raise DataError(f"{url!r} is no address; give one that begins with http:// or https://.")
+        raise DataError(f"{url!r} is not an address; give one that begins with http:// or https://.")
     return url.rstrip("/")
 
 
-def stored(find):
-    """The environment of stored responses: find(category, tool, api) gives {input: {"error", "response"}}, or raises.
+# --------------------------------------------------------------------------------------------------
+# Environments
 
-    The server looks up str() of the input's dict, so the order of keys counts; here any will do, and "source" says which hit.
-    """
-    @functools.lru_cache(512)
-    def table(category: str, tool: str, api: str) -> tuple[dict, dict]:
-        inputs = [(input(key), reply) for key, reply in find(category, tool, api).items()]
-        return {str(value): reply for value, reply in inputs}, {json.dumps(v, sort_keys=True): reply for v, reply in inputs}
+def tool_server(url: str, key: str = "", timeout: float = 60.0):
+    """The environment behind StableToolBench's own server: each call is a POST to URL/virtual."""
+    url = checked_url(url).removesuffix("/virtual") + "/virtual"
 
     def call(category: str, tool: str, api: str, tool_input) -> dict:
-        try:
-            exact, any_order = table(category, tool, api)
-            if str(tool_input) in exact:
-                return reply(exact[str(tool_input)]) | {"source": "stored"}
-            if (key := json.dumps(tool_input, sort_keys=True)) in any_order:
-                return reply(any_order[key]) | {"source": "stored, keys in another order"}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return failure("nonsense")
-        if isinstance(tool_input, str):
-            return {"error": "Tool input parse error...\n", "response": "", "source": "no JSON"}
-        return {"error": "no response is stored for this input", "response": "", "source": "not stored"}
+        body = {"category": category, "tool_name": tool, "api_name": api,
+                "tool_input": tool_input, "strip": "truncate", "toolbench_key": key}
+        response, fault = post(url, body, {"toolbench_key": key}, timeout, error_and_response)
+        if fault:
+            return failure(fault)
+        return response | {"source": "server"}
+
     return call
 
 
-def cache(folder: str):
-    """The environment of a cache folder in the server's layout: <Category>/<tool>_for_<Category>/<api>.json."""
-    if not os.path.isdir(folder):
-        raise DataError(f"{folder} is no folder; name the cache's, with <Category>/<tool>_for_<Category>/<api>.json in it.")
+def error_and_response(reply: dict) -> dict:
+    return {"error": reply["error"], "response": reply["response"]}
 
-    def find(category: str, tool: str, api: str) -> dict:
+
+def failure(fault: str) -> dict:
+    """What the agent sees, in upstream's words, when the environment fails to respond."""
+    if fault == "timeout":
+        error = "Timeout error..."
+    elif fault.startswith("http "):
+        error = f"request invalid, data error. status_code={fault.removeprefix('http ')}"
+    else:
+        error = "request invalid, data error"
+    return {"error": error, "response": "", "fault": fault}
+
+
+def recorded_environment(lookup):
+    """The environment of recorded responses.
+
+    lookup(category, tool, api) returns {input as text: {"error", "response"}}. The real server
+    looks up str() of the input's dict, so there the order of keys matters; here any order finds
+    the response, and "source" says which of the two it was.
+    """
+    @functools.lru_cache(512)
+    def responses(category: str, tool: str, api: str) -> tuple[dict, dict]:
+        exact = {}
+        any_order = {}
+        for text, response in lookup(category, tool, api).items():
+            tool_input = parse_input(text)
+            exact[str(tool_input)] = response
+            any_order[json.dumps(tool_input, sort_keys=True)] = response
+        return exact, any_order
+
+    def call(category: str, tool: str, api: str, tool_input) -> dict:
+        try:
+            exact, any_order = responses(category, tool, api)
+            if str(tool_input) in exact:
+                return error_and_response(exact[str(tool_input)]) | {"source": "stored"}
+            key = json.dumps(tool_input, sort_keys=True)
+            if key in any_order:
+                source = "stored, keys in another order"
+                return error_and_response(any_order[key]) | {"source": source}
+        except (OSError, *BROKEN_REPLY):
+            return failure("nonsense")
+        if isinstance(tool_input, str):
+            return {"error": "Tool input parse error...\n", "response": "", "source": "no JSON"}
+        error = "no response is stored for this input"
+        return {"error": error, "response": "", "source": "not stored"}
+
+    return call
+
+
+def cache_folder(folder: str):
+    """The environment of a cache folder: <Category>/<tool>_for_<Category>/<api>.json."""
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder} is no folder; give the cache's, which holds "
+                        "<Category>/<tool>_for_<Category>/<api>.json.")
+
+    def lookup(category: str, tool: str, api: str) -> dict:
         category = re.sub("[ ,/]", "_", category).replace("__", "_")
         path = os.path.join(folder, category, f"{tool}_for_{category}", f"{api}.json")
         if not os.path.isfile(path):
             return {}
         with open(path, encoding="utf-8") as f:
             return json.load(f)
-    return stored(find)
+
+    return recorded_environment(lookup)
 
 
-def recorded(path: str):
-    """The environment of responses seen in earlier runs: a JSON object {function: {input as text: {"error", "response"}}}."""
-    recorded = dict(pair for _, record in read_records(path) if isinstance(record, dict) for pair in record.items())
-    if not all(isinstance(responses, dict) for responses in recorded.values()) or not recorded:
-        raise DataError(f'{path} must be a JSON object {{function: {{input: {{"error", "response"}}}}}}.')
-    return stored(lambda category, tool, api: recorded.get(f"{api}_for_{tool}"[-64:], {}))
+def recorded_file(path: str):
+    """The environment of a JSON object {function: {input as text: {"error", "response"}}}."""
+    functions = {}
+    for _, record in read_records(path):
+        if isinstance(record, dict):
+            functions |= record
+    if not functions or not all(isinstance(inputs, dict) for inputs in functions.values()):
+        raise DataError(f"{path} must be a JSON object "
+                        '{function: {input: {"error", "response"}}}.')
+
+    def lookup(category: str, tool: str, api: str) -> dict:
+        return functions.get(f"{api}_for_{tool}"[-64:], {})
+
+    return recorded_environment(lookup)
 
 
-def endpoint(url: str, model: str, key: str = "", timeout: float = 120.0):
-    """The judge behind an OpenAI-compatible endpoint: judge(prompt, choices) -> (choice, its reasons), or (None, fault)."""
+# --------------------------------------------------------------------------------------------------
+# The judge
+
+def judge_endpoint(url: str, model: str, key: str = "", timeout: float = 120.0):
+    """The judge behind an OpenAI-compatible endpoint.
+
+    Returns ask(prompt, choices) -> (one of the choices, the judge's reasons), or (None, fault).
+    """
     url = checked_url(url) + "/chat/completions"
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-    def judge(prompt: str, choices: tuple) -> tuple[str | None, str]:
-        ask = f'{prompt}\n\nGive your reasons briefly, then end with {{"verdict": "..."}}: one of {", ".join(choices)}.'
+    def ask(prompt: str, choices: tuple) -> tuple[str | None, str]:
+        request = (f'{prompt}\n\nGive your reasons briefly, then end with {{"verdict": "..."}}: '
+                   f'one of {", ".join(choices)}.')
+        body = {"model": model, "temperature": 0,
+                "messages": [{"role": "user", "content": request}]}
 
         def read(reply: dict) -> tuple[str, str]:
             text = reply["choices"][0]["message"]["content"]
             verdict = re.findall(r'"verdict"\s*:\s*"?(\w+)', text)[-1]
-            return choices[choices.index(verdict)], text.encode("utf-8", "replace").decode()[:1000]
-        verdict, fault = post(url, {"model": model, "temperature": 0, "messages": [{"role": "user", "content": ask}]},
-                                  {"Authorization": f"Bearer {key}"} if key else {}, timeout, read)
+            if verdict not in choices:
+                raise ValueError(verdict)
+            return verdict, text.encode("utf-8", "replace").decode()[:1000]
+
+        verdict, fault = post(url, body, headers, timeout, read)
         return (None, fault) if fault else verdict
-    return judge
+
+    return ask

@@ -1,9 +1,16 @@
-"""Checkpoints: OUT/checkpoints/step-00000500, torch.distributed.checkpoint's files plus state.json. Each rank writes its own
-shard; any number of ranks can read it. Whatever ends a run, a directory of that name is whole: it is renamed when it is."""
+"""Training checkpoints that outlive a kill, a full disk and another number of ranks.
+
+OUT/checkpoints/step-00000500 holds torch.distributed.checkpoint's files and state.json. Each rank
+writes its own shard, and any number of ranks can read it. A directory of that name is always
+complete: it is written under a temporary name and renamed.
+"""
 import json
 import os
 import re
 import shutil
+import signal
+import sys
+import threading
 import warnings
 
 import torch
@@ -11,90 +18,123 @@ import torch.distributed.checkpoint as dcp
 
 from support.cli import DataError
 from support.distributed import barrier, rank_and_world
-from support.files import write_json
+from support.files import replacing, write_json
+
+# repeated at every checkpoint of a single process
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")      # said at every checkpoint of a single process
-
-
-def checkpoints(root: str) -> list[str]:
-    """The names of the whole checkpoints in a directory, oldest first."""
-    return sorted(name for name in os.listdir(root) if re.fullmatch(r"step-\d+", name)) if os.path.isdir(root) else []
+def complete_checkpoints(root: str) -> list[str]:
+    """The names of the complete checkpoints in a directory, oldest first."""
+    if not os.path.isdir(root):
+        return []
+    return sorted(name for name in os.listdir(root) if re.fullmatch(r"step-\d+", name))
 
 
 def training_state(model, optimizer) -> dict[str, torch.Tensor]:
-    """Every tensor that training changes. AdamW makes its own at the first step; here they are made before, to be loaded into."""
+    """Every tensor that training changes, by name.
+
+    AdamW allocates its moments lazily; allocate them now, so that a checkpoint can be loaded into
+    them before the first step.
+    """
     state = {"rng": torch.get_rng_state()}
     for name, p in model.named_parameters():
         moments = optimizer.state[p]
         if not moments:
-            moments |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        state |= {name: p.detach()} | {f"{name} {key}": tensor for key, tensor in moments.items()}
+            moments["step"] = torch.zeros((), device=p.device)
+            moments["exp_avg"] = torch.zeros_like(p)
+            moments["exp_avg_sq"] = torch.zeros_like(p)
+        state[name] = p.detach()
+        for key, tensor in moments.items():
+            state[f"{name} {key}"] = tensor
     return state
 
 
-def save_checkpoint(out: str, step: int, model, optimizer, run: dict, keep: int) -> None:
-    """Write the checkpoint of a step aside, rename it, and remove all but the last `keep`. Raises CheckpointError."""
-    root, (rank, _) = os.path.join(out, "checkpoints"), rank_and_world()
-    aside = os.path.join(root, f"step-{step:08}.tmp")
+def save_checkpoint(out: str, step: int, model, optimizer, settings: dict, keep: int) -> None:
+    """Write the checkpoint of a step, and remove all but the newest `keep`.
+
+    settings: what --resume must find unchanged. Raises DataError where it cannot be written.
+    """
+    root = os.path.join(out, "checkpoints")
+    path = os.path.join(root, f"step-{step:08}")
+    temporary = path + ".tmp"
+    rank, _ = rank_and_world()
     if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)            # left by a run that was killed while it wrote
+        shutil.rmtree(temporary, ignore_errors=True)    # left by a run killed while writing
     barrier()
     try:
-        dcp.save(training_state(model, optimizer), checkpoint_id=aside)
+        dcp.save(training_state(model, optimizer), checkpoint_id=temporary)
         if rank == 0:
-            sizes = {name: os.path.getsize(os.path.join(aside, name)) for name in sorted(os.listdir(aside))}
-            write_json(os.path.join(aside, "state.json"), {"step": step, "run": run, "files": sizes})
-            os.rename(aside, aside.removesuffix(".tmp"))
-            for old in checkpoints(root)[:-keep]:
+            names = sorted(os.listdir(temporary))
+            sizes = {name: os.path.getsize(os.path.join(temporary, name)) for name in names}
+            write_json(os.path.join(temporary, "state.json"),
+                       {"step": step, "run": settings, "files": sizes})
+            os.rename(temporary, path)
+            for old in complete_checkpoints(root)[:-keep]:
                 shutil.rmtree(os.path.join(root, old))
     except (dcp.api.CheckpointException, OSError, RuntimeError) as e:
         if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"the checkpoint of step {step} could not be written ({reason(e)}); the ones before it in {root} are as they "
-                              "were. Make room, then go on with --resume.") from None
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise DataError(
+            f"the checkpoint of step {step} could not be written ({root_cause(e)}); "
+            f"the ones before it in {root} are as they were. "
+            "Make room, then go on with --resume.") from None
 
 
-def load_checkpoint(out: str, model, optimizer, run: dict) -> int:
-    """Load the newest checkpoint of `out` in place; the number of steps done, 0 where there is none. Raises CheckpointError."""
-    root, (rank, _) = os.path.join(out, "checkpoints"), rank_and_world()
-    names = checkpoints(root)
+def load_checkpoint(out: str, model, optimizer, settings: dict) -> int:
+    """Load the newest checkpoint of `out` in place; returns the number of steps it has behind it.
+
+    0 where there is none. Raises DataError where it is damaged or of a run with other settings.
+    """
+    root = os.path.join(out, "checkpoints")
+    rank, _ = rank_and_world()
+    names = complete_checkpoints(root)
     if not names:
         if rank == 0:
             print(f"{out} holds no checkpoint: starting from the beginning")
         return 0
     path = os.path.join(root, names[-1])
     try:
-        with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
-            try:
-                saved = json.load(f)
-            except ValueError as e:
-                raise OSError(f"state.json is not JSON: {e}") from None
-        short = [name for name, size in saved["files"].items() if os.path.getsize(os.path.join(path, name)) != size]
-        if short:
-            raise OSError(f"{short[0]} is cut short")
-        differs = [key for key in run.keys() | saved["run"].keys() if run.get(key) != saved["run"].get(key)]
-        if differs:
-            raise CheckpointError(f"{path} is of a run with another {' and '.join(sorted(differs))}; give the options it was "
-                                  "started with, or choose another --out.")
+        saved = read_state(path)
+        keys = settings.keys() | saved["run"].keys()
+        differing = sorted(key for key in keys if settings.get(key) != saved["run"].get(key))
+        if differing:
+            raise DataError(
+                f"{path} is of a run with another {' and '.join(differing)}; "
+                "give the options it was started with, or choose another --out.")
         state = training_state(model, optimizer)
         dcp.load(state, checkpoint_id=path)
-    except CheckpointError:
+    except DataError:
         raise
-    except Exception as e:                                  # a damaged file surfaces as almost any error
-        raise CheckpointError(f"{path} cannot be read ({reason(e)}); remove it, and --resume goes on from "
-                              + (names[-2] if len(names) > 1 else "the beginning") + ".") from None
+    except Exception as e:                              # a damaged file can raise almost anything
+        previous = names[-2] if len(names) > 1 else "the beginning"
+        raise DataError(f"{path} cannot be read ({root_cause(e)}); "
+                        f"remove it, and --resume goes on from {previous}.") from None
     torch.set_rng_state(state["rng"])
     if rank == 0:
         print(f"resumed from {path}")
     return saved["step"]
 
 
-def reason(error: BaseException) -> str:
+def read_state(path: str) -> dict:
+    """A checkpoint's state.json. Raises OSError where it is broken or another file is too short."""
+    with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
+        try:
+            saved = json.load(file)
+        except ValueError as e:
+            raise OSError(f"state.json is not JSON: {e}") from None
+    for name, size in saved["files"].items():
+        if os.path.getsize(os.path.join(path, name)) != size:
+            raise OSError(f"{name} is cut short")
+    return saved
+
+
+def root_cause(error: BaseException) -> str:
     """The first cause of an error, in one line."""
     cause = error
     while cause:
-        error, failures = cause, getattr(cause, "failures", None)       # {rank: (its error, its stack)}
+        error = cause
+        failures = getattr(cause, "failures", None)     # {rank: (its error, its stack)}
         if failures:
             cause = next(iter(failures.values()))[0]
         elif cause.__suppress_context__:
@@ -105,13 +145,29 @@ def reason(error: BaseException) -> str:
 
 
 def open_metrics(path: str, steps: int):
-    """The metrics of the first `steps` steps, and the file to append more to, from which later lines are removed: those are of
-    steps that no checkpoint has kept."""
+    """The metrics of the first `steps` steps, and the file open for appending the next ones.
+
+    Later lines belong to steps that no checkpoint has kept; they are removed.
+    """
     metrics = []
     if steps:
-        with open(path, encoding="utf-8") as f:
-            metrics = [json.loads(line) for line, _ in zip(f, range(steps))]
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(m) + "\n" for m in metrics)
-    os.replace(path + ".tmp", path)
+        with open(path, encoding="utf-8") as file:
+            metrics = [json.loads(line) for line, _ in zip(file, range(steps), strict=False)]
+    with replacing(path) as file:
+        file.writelines(json.dumps(m) + "\n" for m in metrics)
     return metrics, open(path, "a", encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------
+# Told to stop: by SIGTERM, which schedulers send before they take the machine away, or by Ctrl-C
+
+told_to_stop = threading.Event()
+
+
+def stop_after_this_step(number, _) -> None:
+    """A signal handler: train.py finishes its step, writes a checkpoint and exits."""
+    told_to_stop.set()
+    if number == signal.SIGINT:
+        print("\nstopping after this step, with a checkpoint; Ctrl-C again to stop at once",
+              file=sys.stderr)
+        signal.signal(number, signal.default_int_handler)

@@ -10,41 +10,55 @@ class DataError(ValueError):
 
 
 def option(default, help: str, low=0, **argparse_arguments):
-    """A dataclass field that is also a command-line flag; a number is at least `low`."""
-    return field(default_factory=lambda: default, metadata={"help": help, "low": low, **argparse_arguments})
+    """A dataclass field that is also a command-line flag; a number must be at least `low`."""
+    metadata = {"help": help, "low": low, **argparse_arguments}
+    return field(default_factory=lambda: default, metadata=metadata)
 
 
 def parse_options(cls, description: str, argv=None):
-    """The dataclass `cls` of options, filled from the command line. A list takes several values; a bool is a switch."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    low = {}
+    """An instance of the dataclass `cls`, filled from the command line.
+
+    A list option takes several values; a bool is a switch. Exits with code 2, as argparse does,
+    on a value that does not fit.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    lowest = {}
     for f in fields(cls):
-        default, extra = f.default_factory(), dict(f.metadata)
-        low[f.name] = extra.pop("low")
-        text = extra.pop("help") + ("" if default is None or default is False or default in ("", []) else f" (default: {default})")
+        default = f.default_factory()
+        arguments = dict(f.metadata)
+        lowest[f.name] = arguments.pop("low")
+        text = arguments.pop("help")
+        if default is not None and default is not False and default not in ("", []):
+            text += f" (default: {default})"
         if isinstance(default, bool):
-            extra["action"] = "store_true"
+            arguments["action"] = "store_true"
         elif isinstance(default, list):
-            extra["nargs"] = "+"
+            arguments["nargs"] = "+"
         else:
-            extra.setdefault("type", str if default is None else type(default))
-        positional = extra.pop("positional", False)
-        parser.add_argument(f.name if positional else "--" + f.name.replace("_", "-"), default=default,
-                            help=text.replace("%", "%%"), **extra)
+            arguments.setdefault("type", str if default is None else type(default))
+        flag = "--" + f.name.replace("_", "-")
+        name = f.name if arguments.pop("positional", False) else flag
+        parser.add_argument(name, default=default, help=text.replace("%", "%%"), **arguments)
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
-        if isinstance(value, (int, float)) and not value >= low[name]:
-            parser.error(f"--{name.replace('_', '-')} must be at least {low[name]}, not {value}")
+        if isinstance(value, (int, float)) and not value >= lowest[name]:      # NaN is not, either
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag} must be at least {lowest[name]}, not {value}")
     return cls(**values)
 
 
 def run_script(main, *expected: type[Exception]) -> None:
-    """Run main(). An expected error, or one of the operating system's, becomes one sentence and exit code 2, no traceback."""
+    """Run main(). An expected error becomes one sentence and exit code 2, without a traceback.
+
+    Expected are DataError, the operating system's errors, and those given.
+    """
+    script = os.path.basename(sys.argv[0])
     try:
         main()
     except (DataError, OSError, *expected) as e:
-        print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr, flush=True)
+        print(f"{script}: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{os.path.basename(sys.argv[0])}: stopped", file=sys.stderr)
+        print(f"{script}: stopped", file=sys.stderr)
         sys.exit(130)

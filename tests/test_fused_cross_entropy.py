@@ -1,4 +1,4 @@
-"""fused_cross_entropy against F.cross_entropy in float64, with an arbitrary upstream gradient for every token."""
+"""fused_cross_entropy against F.cross_entropy in float64, with any upstream gradient per token."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,9 @@ import model
 from model import fused_cross_entropy
 from tiny import relative
 
-N, V, H = 37, 101, 24
+N = 37
+V = 101
+H = 24
 
 
 @pytest.fixture(params=[1, 8, 64], ids=lambda rows: f"{rows}-row chunks")
@@ -21,8 +23,10 @@ def chunk_rows(request, monkeypatch):
 
 def inputs(dtype=torch.float32, ignored=True):
     torch.manual_seed(1)
-    hidden, weight = (2 * torch.randn(N, H)).to(dtype), torch.randn(V, H).to(dtype)
-    targets, upstream = torch.randint(V, (N,)), torch.randn(N)
+    hidden = (2 * torch.randn(N, H)).to(dtype)
+    weight = torch.randn(V, H).to(dtype)
+    targets = torch.randint(V, (N,))
+    upstream = torch.randn(N)
     if ignored:
         targets[[0, 3, 4, 20, N - 1]] = -100
     return hidden.requires_grad_(), weight.requires_grad_(), targets, upstream
@@ -30,7 +34,8 @@ def inputs(dtype=torch.float32, ignored=True):
 
 def oracle(hidden, weight, targets, upstream):
     """(losses, grad_hidden, grad_weight) in float64."""
-    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    h = hidden.detach().double().requires_grad_()
+    w = weight.detach().double().requires_grad_()
     losses = F.cross_entropy(h @ w.T, targets, reduction="none")
     return losses.detach(), *torch.autograd.grad(losses, (h, w), upstream.double())
 
@@ -41,17 +46,20 @@ def test_losses_and_gradients_fp32(chunk_rows, ignored):
     losses = fused_cross_entropy(hidden, weight, targets)
     losses.backward(upstream)
     expected, grad_hidden, grad_weight = oracle(hidden, weight, targets, upstream)
-    assert losses.dtype == torch.float32 and losses.shape == (N,)
+    assert losses.dtype == torch.float32
+    assert losses.shape == (N,)
     assert relative(losses, expected) < 1e-6
     assert relative(hidden.grad, grad_hidden) < 1e-5
     assert relative(weight.grad, grad_weight) < 1e-5
-    assert (losses[targets == -100] == 0).all() and (hidden.grad[targets == -100] == 0).all()
+    assert (losses[targets == -100] == 0).all()
+    assert (hidden.grad[targets == -100] == 0).all()
 
 
 def test_another_ignore_index():
     hidden, weight, targets, _ = inputs()
-    losses = fused_cross_entropy(hidden, weight, targets.masked_fill(targets == -100, 7), ignore_index=7)
-    assert ((losses == 0) == ((targets == 7) | (targets == -100))).all()
+    targets = targets.masked_fill(targets == -100, 7)
+    losses = fused_cross_entropy(hidden, weight, targets, ignore_index=7)
+    assert ((losses == 0) == (targets == 7)).all()
 
 
 def test_large_logits_do_not_overflow():
@@ -60,8 +68,10 @@ def test_large_logits_do_not_overflow():
     losses = fused_cross_entropy(hidden, weight, targets)
     losses.backward(upstream)
     expected, grad_hidden, _ = oracle(hidden, weight, targets, upstream)
-    assert losses.max() > 1e4 and relative(losses, expected) < 1e-6
-    assert torch.isfinite(hidden.grad).all() and relative(hidden.grad, grad_hidden) < 1e-5
+    assert losses.max() > 1e4
+    assert relative(losses, expected) < 1e-6
+    assert torch.isfinite(hidden.grad).all()
+    assert relative(hidden.grad, grad_hidden) < 1e-5
 
 
 def test_bf16_losses_are_float32(chunk_rows):
@@ -70,19 +80,23 @@ def test_bf16_losses_are_float32(chunk_rows):
     losses.backward(upstream)
     expected, grad_hidden, grad_weight = oracle(hidden, weight, targets, upstream)
     assert losses.dtype == torch.float32
-    assert (losses.double() - expected).abs().max() < 1e-4      # logits rounded to bf16 would be off by 0.02
+    assert (losses.double() - expected).abs().max() < 1e-4      # logits rounded to bf16: 0.02
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
-    # the gradients are rounded to bf16 (2^-9 an element) once or twice, but not summed in it
-    assert relative(hidden.grad, grad_hidden) < 2 ** -8 and relative(weight.grad, grad_weight) < 2 ** -8
+    # the gradients are rounded to bf16 (2^-9 per element) once or twice, but not summed in it
+    assert relative(hidden.grad, grad_hidden) < 2 ** -8
+    assert relative(weight.grad, grad_weight) < 2 ** -8
 
 
 def test_bf16_weight_gradient_is_summed_in_float32(monkeypatch):
-    """500 chunks whose gradients all point one way: summed in bf16, the last ones would be rounded away."""
+    """500 chunks whose gradients point one way: a sum in bf16 would round the last ones away."""
     monkeypatch.setitem(model.CHUNK_BYTES, "cpu", 4 * V)
-    hidden, weight = torch.rand(500, H).bfloat16(), torch.randn(V, H).bfloat16().requires_grad_()
-    targets, upstream = torch.randint(V, (500,)), torch.rand(500)
+    hidden = torch.rand(500, H).bfloat16()
+    weight = torch.randn(V, H).bfloat16().requires_grad_()
+    targets = torch.randint(V, (500,))
+    upstream = torch.rand(500)
     fused_cross_entropy(hidden, weight, targets).backward(upstream)
-    assert relative(weight.grad, oracle(hidden, weight, targets, upstream)[2]) < 2 ** -8
+    _, _, grad_weight = oracle(hidden, weight, targets, upstream)
+    assert relative(weight.grad, grad_weight) < 2 ** -8
 
 
 def test_autocast_bf16_with_float32_weights(chunk_rows):
@@ -90,10 +104,13 @@ def test_autocast_bf16_with_float32_weights(chunk_rows):
     with torch.autocast("cpu", torch.bfloat16):
         losses = fused_cross_entropy(hidden, weight, targets)
     losses.backward(upstream)
-    expected, grad_hidden, grad_weight = oracle(hidden.bfloat16(), weight.bfloat16(), targets, upstream)
-    assert losses.dtype == torch.float32 and (losses.double() - expected).abs().max() < 1e-4
+    rounded = (hidden.bfloat16(), weight.bfloat16())
+    expected, grad_hidden, grad_weight = oracle(*rounded, targets, upstream)
+    assert losses.dtype == torch.float32
+    assert (losses.double() - expected).abs().max() < 1e-4
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
-    assert relative(hidden.grad, grad_hidden) < 2 ** -8 and relative(weight.grad, grad_weight) < 2 ** -8
+    assert relative(hidden.grad, grad_hidden) < 2 ** -8
+    assert relative(weight.grad, grad_weight) < 2 ** -8
 
 
 @pytest.mark.parametrize("n", [0, N])
@@ -101,10 +118,12 @@ def test_nothing_to_score_is_a_connected_zero(n):
     hidden, weight, targets, upstream = inputs()
     hidden = hidden.detach()[:n].requires_grad_()
     losses = fused_cross_entropy(hidden, weight, torch.full_like(targets[:n], -100))
-    assert losses.shape == (n,) and losses.dtype == torch.float32 and (losses == 0).all()
+    assert losses.shape == (n,)
+    assert losses.dtype == torch.float32
+    assert (losses == 0).all()
     losses.backward(upstream[:n])
-    assert hidden.grad.shape == hidden.shape and (hidden.grad == 0).all()
-    assert weight.grad.shape == weight.shape and (weight.grad == 0).all()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
 def test_tied_weight(chunk_rows):
@@ -123,9 +142,11 @@ def test_one_frozen_input(frozen):
     fused_cross_entropy(hidden, weight, targets).backward(upstream)
     _, grad_hidden, grad_weight = oracle(hidden, weight, targets, upstream)
     if frozen == "weight":
-        assert weight.grad is None and relative(hidden.grad, grad_hidden) < 1e-5
+        assert weight.grad is None
+        assert relative(hidden.grad, grad_hidden) < 1e-5
     else:
-        assert hidden.grad is None and relative(weight.grad, grad_weight) < 1e-5
+        assert hidden.grad is None
+        assert relative(weight.grad, grad_weight) < 1e-5
 
 
 def test_no_grad():
@@ -137,8 +158,8 @@ def test_no_grad():
 
 
 def test_never_holds_all_the_logits(monkeypatch):
-    n, v, h, rows = 512, 300, 8, 16
-    monkeypatch.setitem(model.CHUNK_BYTES, "cpu", 4 * v * rows)
+    rows = 16
+    monkeypatch.setitem(model.CHUNK_BYTES, "cpu", 4 * 300 * rows)
     sizes = []
 
     class Sizes(TorchDispatchMode):
@@ -147,10 +168,13 @@ def test_never_holds_all_the_logits(monkeypatch):
             sizes.extend(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))
             return out
 
-    hidden, weight = torch.randn(n, h, requires_grad=True), torch.randn(v, h, requires_grad=True)
+    hidden = torch.randn(512, 8, requires_grad=True)
+    weight = torch.randn(300, 8, requires_grad=True)
     with Sizes():
-        fused_cross_entropy(hidden, weight, torch.randint(v, (n,))).backward(torch.randn(n))
-    assert hidden.grad is not None and max(sizes) == rows * v       # one chunk, where all would be 512 * 300
+        losses = fused_cross_entropy(hidden, weight, torch.randint(300, (512,)))
+        losses.backward(torch.randn(512))
+    assert hidden.grad is not None
+    assert max(sizes) == rows * 300                 # one chunk, where all would be 512 * 300
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch >= 2.13")
@@ -159,6 +183,7 @@ def test_agrees_with_torch():
     losses = fused_cross_entropy(hidden, weight, targets)
     theirs = F.linear_cross_entropy(hidden, weight, targets, reduction="none")
     assert relative(losses, theirs) < 1e-6
-    for a, b in zip(torch.autograd.grad(losses, (hidden, weight), upstream),
-                    torch.autograd.grad(theirs, (hidden, weight), upstream)):
+    ours_grads = torch.autograd.grad(losses, (hidden, weight), upstream)
+    their_grads = torch.autograd.grad(theirs, (hidden, weight), upstream)
+    for a, b in zip(ours_grads, their_grads, strict=True):
         assert relative(a, b) < 1e-5

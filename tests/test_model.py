@@ -1,27 +1,34 @@
-"""The model against transformers on tiny random checkpoints of every family, checkpoints in and out, generation."""
+"""The model against transformers on tiny checkpoints of every family; checkpoints in and out."""
 import json
 import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from model import CheckpointError, Transformer, _RMSNorm, generate, memory_per_gpu
+from model import CheckpointError, Transformer, _RMSNorm
+from support.generate import generate
 from tiny import make_model
 
 V = 96
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
 FAMILIES = {    # name -> (transformers' class prefix, its own settings)
-    "llama": ("Llama", dict(num_key_value_heads=4)),
-    "llama-gqa-tied": ("Llama", dict(tie_word_embeddings=True)),
-    "llama3-rope": ("Llama", dict(rope_parameters={"rope_theta": 500000.0, **LLAMA3})),
-    "llama3-rope-old-keys": ("Llama", dict(rope_parameters={"rope_theta": 20000.0, **LLAMA3})),
-    "llama-bias": ("Llama", dict(attention_bias=True, mlp_bias=True, head_dim=12)),
-    "mistral": ("Mistral", dict(rope_parameters={"rope_theta": 1e6, "rope_type": "default"}, sliding_window=None)),
-    "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
-    "qwen3": ("Qwen3", dict(head_dim=24)),
-    "qwen3-bias": ("Qwen3", dict(head_dim=16, attention_bias=True, tie_word_embeddings=True)),
+    "llama": ("Llama", {"num_key_value_heads": 4}),
+    "llama-gqa-tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama3-rope": ("Llama", {"rope_parameters": {"rope_theta": 500000.0, **LLAMA3}}),
+    "llama3-rope-old-keys": ("Llama", {"rope_parameters": {"rope_theta": 20000.0, **LLAMA3}}),
+    "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
+    "mistral": ("Mistral", {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+                            "sliding_window": None}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 24}),
+    "qwen3-bias": ("Qwen3", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True}),
 }
+SIZES = {"vocab_size": V, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+         "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+         "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": None}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -29,10 +36,7 @@ def theirs(request, tmp_path_factory):
     """(directory, transformers' model): every parameter random, biases and norms too."""
     transformers = pytest.importorskip("transformers")
     prefix, settings = FAMILIES[request.param]
-    config = getattr(transformers, prefix + "Config")(**{
-        "vocab_size": V, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-        "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": None} | settings)
+    config = getattr(transformers, prefix + "Config")(**SIZES | settings)
     torch.manual_seed(0)
     model = getattr(transformers, prefix + "ForCausalLM")(config).eval()
     with torch.no_grad():
@@ -57,10 +61,12 @@ def close(ours, theirs):
 
 
 def load_in_transformers(path):
-    """transformers' model of a directory, which must hold exactly the parameters that it expects."""
+    """transformers' model of a directory, which must hold exactly the parameters it expects."""
     transformers = pytest.importorskip("transformers")
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, dtype=torch.float32)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        path, output_loading_info=True, dtype=torch.float32)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not info[problem], info
     return model.eval()
 
 
@@ -68,7 +74,8 @@ def load_in_transformers(path):
 def test_logits_are_those_of_transformers(theirs):
     path, model = theirs
     logits = Transformer.from_pretrained(path)(some_tokens())
-    assert logits.dtype == torch.float32 and logits.std() > 0.3             # not trivially equal
+    assert logits.dtype == torch.float32
+    assert logits.std() > 0.3                               # not trivially equal
     close(logits, model(some_tokens()).logits)
 
 
@@ -79,8 +86,10 @@ def test_losses_are_those_of_transformers(theirs):
     targets = tokens[:, 1:].clone()
     targets[:, :20] = -100
     losses = Transformer.from_pretrained(path)(tokens[:, :-1], targets)
-    expected = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).logits.transpose(1, 2), targets, reduction="none")
-    assert losses.dtype == torch.float32 and (losses[:, :20] == 0).all()
+    logits = model(tokens[:, :-1]).logits
+    expected = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    assert losses.dtype == torch.float32
+    assert (losses[:, :20] == 0).all()
     close(losses, expected)
 
 
@@ -88,10 +97,12 @@ def test_losses_are_those_of_transformers(theirs):
 @pytest.mark.parametrize("max_shard_bytes", [5 * 2**30, 50_000], ids=["one file", "shards"])
 def test_saved_model_loads_in_transformers_and_here(theirs, tmp_path, max_shard_bytes):
     path, model = theirs
-    Transformer.from_pretrained(path).save_pretrained(str(tmp_path), max_shard_bytes=max_shard_bytes)
-    files = [f for f in os.listdir(tmp_path) if f.endswith(".safetensors")]
+    ours = Transformer.from_pretrained(path)
+    ours.save_pretrained(str(tmp_path), max_shard_bytes=max_shard_bytes)
+    files = [name for name in os.listdir(tmp_path) if name.endswith(".safetensors")]
     if max_shard_bytes < 2**30:
-        assert len(files) > 2 and all(os.path.getsize(tmp_path / f) < 60_000 for f in files)
+        assert len(files) > 2
+        assert all(os.path.getsize(tmp_path / name) < 60_000 for name in files)
     else:
         assert files == ["model.safetensors"]
     expected = model(some_tokens()).logits
@@ -102,15 +113,35 @@ def test_saved_model_loads_in_transformers_and_here(theirs, tmp_path, max_shard_
 def test_saved_config_keeps_what_it_does_not_know(tmp_path, theirs):
     path, model = theirs
     Transformer.from_pretrained(path, dtype=torch.bfloat16).save_pretrained(str(tmp_path))
-    with open(tmp_path / "config.json", encoding="utf-8") as f:
-        hf = json.load(f)
-    assert hf["architectures"] == [type(model).__name__] and hf["eos_token_id"] == 1 and hf["torch_dtype"] == "bfloat16"
+    hf = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert hf["architectures"] == [type(model).__name__]
+    assert hf["eos_token_id"] == 1
+    assert hf["torch_dtype"] == "bfloat16"
     config = load_in_transformers(tmp_path).config
-    for key in ("rope_parameters", "sliding_window", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"):
+    for key in ("rope_parameters", "sliding_window", "rms_norm_eps", "max_position_embeddings",
+                "tie_word_embeddings"):
         assert getattr(config, key, None) == getattr(model.config, key, None), key
 
 
-# -----------------------------------------------------------------------------------------------------------------
+def prompts():
+    return [some_tokens(1, n)[0].tolist() for n in (9, 1, 30, 4, 17)]
+
+
+def test_a_batch_generates_what_each_prompt_does_alone_and_transformers_does(theirs):
+    path, hf = theirs
+    model = Transformer.from_pretrained(path)
+    batch = generate(model, prompts(), 24, {1})
+    for prompt, output in zip(prompts(), batch, strict=True):
+        assert output == generate(model, [prompt], 24, {1})[0]
+        expected = hf.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=24, do_sample=False, eos_token_id=1, pad_token_id=0)
+        expected = expected[0, len(prompt):].tolist()
+        assert output == (expected[:expected.index(1)] if 1 in expected else expected)
+    assert len({tuple(output) for output in batch}) > 1
+
+
+# --------------------------------------------------------------------------------------------------
 # Refusals: a clear error, never a silent wrong model
 
 @pytest.fixture()
@@ -135,7 +166,8 @@ def saved(tmp_path):
 ], ids=lambda x: str(x)[:50] if isinstance(x, dict) else "")
 def test_refuses_what_it_cannot_be(saved, change, said):
     hf = json.loads((saved / "config.json").read_text()) | change
-    (saved / "config.json").write_text(json.dumps({k: v for k, v in hf.items() if v is not None}))
+    hf = {key: value for key, value in hf.items() if value is not None}
+    (saved / "config.json").write_text(json.dumps(hf))
     with pytest.raises(CheckpointError, match=said) as error:
         Transformer.from_pretrained(str(saved))
     assert str(saved) in str(error.value)
@@ -170,127 +202,59 @@ def test_refuses_more_than_a_sliding_window():
         model(some_tokens(1, 17))
 
 
-# -----------------------------------------------------------------------------------------------------------------
-# Padding and generation
+# --------------------------------------------------------------------------------------------------
+# What must not change losses or gradients: padding, leaving rows out, recomputing
 
 def test_padding_does_not_change_losses_or_gradients():
-    model, tokens = make_model(V), some_tokens(1, 31)
+    model = make_model(V)
+    tokens = some_tokens(1, 31)
     alone = model(tokens[:, :-1], tokens[:, 1:])
     grad = torch.autograd.grad(alone.sum(), model.head)[0]
-    padded, targets = torch.full((2, 50), 7), torch.full((2, 50), -100)
-    padded[0, :30], targets[0, :30] = tokens[0, :-1], tokens[0, 1:]
+    padded = torch.full((2, 50), 7)
+    padded[0, :30] = tokens[0, :-1]
+    targets = torch.full((2, 50), -100)
+    targets[0, :30] = tokens[0, 1:]
     losses = model(padded, targets)
     torch.testing.assert_close(losses[:1, :30], alone, rtol=1e-5, atol=1e-5)
-    assert (losses[0, 30:] == 0).all() and (losses[1] == 0).all()
-    torch.testing.assert_close(torch.autograd.grad(losses.sum(), model.head)[0], grad, rtol=1e-4, atol=1e-4)
-
-
-def prompts():
-    return [some_tokens(1, n)[0].tolist() for n in (9, 1, 30, 4, 17)]
-
-
-def test_a_batch_generates_what_each_prompt_does_alone_and_transformers_does(theirs):
-    path, hf = theirs
-    model = Transformer.from_pretrained(path)
-    batch = generate(model, prompts(), 24, {1})
-    for prompt, output in zip(prompts(), batch):
-        assert output == generate(model, [prompt], 24, {1})[0]
-        expected = hf.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-                               max_new_tokens=24, do_sample=False, eos_token_id=1, pad_token_id=0)[0, len(prompt):].tolist()
-        assert output == (expected[:expected.index(1)] if 1 in expected else expected)
-    assert len({tuple(output) for output in batch}) > 1
-
-
-def test_stop_ids_and_max_new_tokens():
-    model = make_model(V)
-    free = generate(model, prompts(), 20, set())
-    assert [len(output) for output in free] == [20] * len(free)
-    stops = {free[0][5], free[2][2]}                        # rows end at different steps, some never
-    expected = []
-    for output in free:
-        ends = [i for i, token in enumerate(output) if token in stops]
-        expected.append(output[:ends[0]] if ends else output)
-    assert len({len(output) for output in expected}) > 1
-    assert generate(model, prompts(), 20, stops) == expected
-    assert generate(model, prompts(), 1, set()) == [output[:1] for output in free]
-    assert generate(model, prompts(), 0, set()) == [[]] * len(free)
-    assert generate(model, [], 5, set()) == []
-
-
-def test_an_empty_prompt_is_refused():
-    with pytest.raises(ValueError, match="empty prompt"):
-        generate(make_model(V), [[1, 2], []], 3, set())
-
-
-def test_sampling_is_reproducible_and_follows_the_temperature():
-    model = make_model(V)
-
-    def sample(seed, temperature):
-        torch.manual_seed(seed)
-        return generate(model, prompts(), 12, set(), temperature)
-
-    assert sample(1, 1.0) == sample(1, 1.0) != sample(2, 1.0)
-    assert sample(1, 1e-4) == generate(model, prompts(), 12, set())         # cold: the greedy choice
-    wide = lambda t: len({token for output in sample(3, t) for token in output})
-    assert wide(100.0) > wide(0.1)
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# What backward remembers
-
-def test_the_norm_is_exact():
-    x, weight = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True), torch.randn(8, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(lambda x, weight: _RMSNorm.apply(x, weight, 1e-2), (x, weight))
-    torch.testing.assert_close(_RMSNorm.apply(x, weight, 1e-2), torch.nn.functional.rms_norm(x, (8,), weight, 1e-2))
-
-
-def remembered(model, tokens):
-    """Bytes of the tensors that autograd keeps of a forward, parameters aside."""
-    kept, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)           # held, so that no address is used twice
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(tokens[:, :-1], tokens[:, 1:])
-    return sum(size for size, _ in kept.values())
-
-
-@pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="there, attention on CPUs remembers more where heads share keys")
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_memory_per_gpu_counts_what_is_remembered(family):
-    model, tokens = make_model(V, hidden_size=128, intermediate_size=320, num_hidden_layers=4, model_type=family), some_tokens(8, 65)
-    expected = [memory_per_gpu(model.config, 1, 8 * 64, recompute, "cpu")["activations"] for recompute in (False, True)]
-    bytes_off = remembered(model, tokens)
-    model.recompute = True
-    bytes_on = remembered(model, tokens)
-    assert bytes_off == pytest.approx(expected[0], rel=0.02)
-    one_block = (bytes_off - 2 * 128 * 4 * 8 * 64) / 4                      # made again, one block at a time
-    assert bytes_on + one_block == pytest.approx(expected[1], rel=0.03)
+    assert (losses[0, 30:] == 0).all()
+    assert (losses[1] == 0).all()
+    padded_grad = torch.autograd.grad(losses.sum(), model.head)[0]
+    torch.testing.assert_close(padded_grad, grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_hidden_states_of_some_rows(recompute):
-    model, tokens, rows = make_model(V, seed=1), some_tokens(), torch.tensor([3, 5, 6, 20])
-    model.recompute, g = recompute, torch.randn(4, 32)
-    grads = []
-    for some in (model.hidden(tokens, rows=rows), model.hidden(tokens).flatten(0, 1)[rows]):
+    model = make_model(V, seed=1)
+    model.recompute = recompute
+    tokens = some_tokens()
+    rows = torch.tensor([3, 5, 6, 20])
+    upstream = torch.randn(4, 32)
+    results = []
+    for hidden in (model.hidden_states(tokens, rows=rows),
+                   model.hidden_states(tokens).flatten(0, 1)[rows]):
         model.zero_grad()
-        some.backward(g)
-        grads.append([some] + [p.grad.clone() for p in model.parameters()])
-    for a, b in zip(*grads):
+        hidden.backward(upstream)
+        results.append([hidden] + [p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        assert model.hidden(tokens, rows=rows[:0]).shape == (0, 32)
+        assert model.hidden_states(tokens, rows=rows[:0]).shape == (0, 32)
 
 
 def test_recomputed_gradients_are_the_same():
-    model, tokens = make_model(V), some_tokens()
+    model = make_model(V)
+    tokens = some_tokens()
     grads = {}
     for model.recompute in (False, True):
         model.zero_grad()
         model(tokens[:, :-1], tokens[:, 1:]).square().sum().backward()
         grads[model.recompute] = [p.grad.clone() for p in model.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(*grads.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*grads.values(), strict=True))
+
+
+def test_the_norm_is_exact():
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda x, weight: _RMSNorm.apply(x, weight, 1e-2), (x, weight))
+    expected = F.rms_norm(x, (8,), weight, 1e-2)
+    torch.testing.assert_close(_RMSNorm.apply(x, weight, 1e-2), expected)

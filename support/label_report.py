@@ -1,0 +1,134 @@
+"""What people see of SHAD's labels: figures, and the paper's first figure for their own data.
+
+Everything here takes plain arrays, and a Dataset as it is handed over.
+"""
+import itertools
+
+import numpy as np
+
+from support import report
+
+
+def auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Area under the ROC curve: how often a positive scores above a negative; ties count half."""
+    _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[place]      # mean rank among ties, from 1
+    p = positive.sum()
+    n = (~positive).sum()
+    if not p or not n:
+        return float("nan")
+    return float((rank[positive].sum() - p * (p + 1) / 2) / (p * n))
+
+
+def mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def summarize(difference, reasoning, base, tuned, unshuffled, roles) -> dict:
+    """The figures of a run: shares and mean losses by SHAD's groups, `reasoning` and the rest.
+
+    Where true roles are known also the error against them, on the tokens of samples that were not
+    shuffled (on all, if all were). All arrays: (output tokens,).
+    """
+    summary = {"tokens": len(difference), "reasoning_share": mean(reasoning)}
+    for name, group in (("reasoning", reasoning), ("boilerplate", ~reasoning)):
+        summary[f"base_loss_{name}"] = mean(base[group])
+        summary[f"tuned_loss_{name}"] = mean(tuned[group])
+    if roles is not None:
+        scored = unshuffled if unshuffled.any() else ~unshuffled
+        true = roles["reasoning"][scored]
+        predicted = reasoning[scored]
+        truth = {
+            "tokens": int(scored.sum()),
+            "shuffled_too": not unshuffled.any(),
+            "error": mean(true != predicted),
+            "auc": auc(difference[scored], true),
+            "missed_reasoning": mean(~predicted[true]),
+            "boilerplate_called_reasoning": mean(predicted[~true])}
+        for name, losses in (("base", base[scored]), ("tuned", tuned[scored])):
+            truth[f"{name}_loss_reasoning"] = mean(losses[true])
+            truth[f"{name}_loss_boilerplate"] = mean(losses[~true])
+        summary["truth"] = truth
+    return summary
+
+
+def format_summary(summary: dict) -> str:
+    """The summary as printable text."""
+    def number(x):
+        return "    -" if x is None else f"{x:5.2f}"
+
+    def losses(figures, group):
+        base = number(figures[f"base_loss_{group}"])
+        tuned = number(figures[f"tuned_loss_{group}"])
+        return f"{group} {base} ->{tuned}"
+
+    rows = [f"SHAD: {summary['shuffled']} of {summary['samples']} samples shuffled; "
+            f"{summary['tokens']:,} output tokens labelled, "
+            f"{summary['reasoning_share']:.1%} reasoning"]
+    groups = {"SHAD's groups": summary, "true groups": summary.get("truth")}
+    for title, figures in groups.items():
+        if figures:
+            rows.append(f"  {title:14} base -> tuned loss: {losses(figures, 'reasoning')}   "
+                        f"{losses(figures, 'boilerplate')}")
+    if "truth" in summary:
+        truth = summary["truth"]
+        where = "samples not shuffled"
+        if truth["shuffled_too"]:
+            where = "all samples, shuffled ones too"
+        rows.append(f"  against the true roles of {truth['tokens']:,} tokens of {where}: "
+                    f"error {truth['error']:.2%}, AUC {truth['auc']:.3f}")
+    return "\n".join(rows)
+
+
+def output_pieces(dataset, i: int) -> list[tuple[str, bool]]:
+    """(text, is format) of each output token of sample i."""
+    pieces = []
+    for turn in filter(None, dataset.renderer.output_pieces(dataset.samples[i])):
+        *said, end_of_turn = turn
+        ends = list(itertools.accumulate(len(piece) for piece in said))
+        pieces += report.split_pieces("".join(said), [(0, end) for end in ends])
+        pieces.append((end_of_turn, True))
+    return pieces
+
+
+def colored_tokens(dataset, i: int, difference, is_reasoning, losses=None):
+    """(text, kind, hover text) of each output token of sample i.
+
+    difference, is_reasoning, and each of losses, {name: array} for the hover text: (output
+    tokens,).
+    """
+    tokens = []
+    start = dataset.output_starts[i]
+    for k, (text, is_format) in enumerate(output_pieces(dataset, i), start):
+        kind = "format" if is_format else "connecting"
+        if is_reasoning[k]:
+            kind = "reasoning"
+        lines = [repr(text)]
+        lines += [f"{name} {values[k]:.3f}" for name, values in (losses or {}).items()]
+        lines.append(f"LD {difference[k]:+.3f}")
+        tokens.append((text, kind, "\n".join(lines)))
+    return tokens
+
+
+def sample_html(dataset, i: int, tokens) -> str:
+    """Sample i on a page: its input, and its output tokens in their colours."""
+    sample = dataset.samples[i]
+    given = "\n".join(f"{m.role}: {m.text}" for m in sample.messages if not m.is_output)
+    return report.sample_html(sample.id, given, tokens)
+
+
+def labels_page(dataset, difference, is_reasoning, threshold, losses, summary, count=40) -> str:
+    """The body of labels.html: `count` samples, the shares of the groups and the histogram."""
+    places = np.linspace(0, len(dataset.kept) - 1, min(count, len(dataset.kept)))
+    shown = dataset.kept[places.round().astype(int)]
+    kinds = []
+    samples = []
+    for i in shown:
+        tokens = colored_tokens(dataset, i, difference, is_reasoning, losses)
+        kinds += [kind for _, kind, _ in tokens]
+        samples.append(sample_html(dataset, i, tokens))
+    shares = []
+    for kind in ("reasoning", "format", "connecting"):
+        shares.append(f"{kind} {kinds.count(kind) / max(1, len(kinds)):.0%}")
+    return report.labels_body(format_summary(summary), ", ".join(shares), threshold, difference,
+                              is_reasoning, "".join(samples))
