@@ -203,8 +203,8 @@ def held_out_html(histories: dict[str, dict[int, dict]], command: str = "") -> s
         label = "share of right calls" if title == "Success" else "loss (nats)"
         panels += line_plot(title, "step", label, lines)
     caption = (
-        "Held-out tasks have other tools, arguments, values and wordings: the words of a right call "
-        "can only be copied from the request."
+        "Held-out tasks have other tools, arguments, values and wordings: the words of a right "
+        "call can only be copied from the request."
     )
     panels = f'<div class="panels">\n{panels}</div>\n'
     return f"<h2>Held-out tasks over training</h2>\n{figure_html(panels, caption, command)}"

@@ -3,10 +3,10 @@ import json
 import random
 
 import pytest
-from test_bfcl import ACCEPTED, AS_JSON, BOOK, FIND, GOOD, write
 
 from benchmarks import bfcl
 from support.cli import DataError
+from test_bfcl import ACCEPTED, AS_JSON, BOOK, FIND, GOOD, write
 
 
 def test_items(tmp_path):
