@@ -76,11 +76,13 @@ class Options:
     server: str = option(None, "address of its server of APIs (key: $TOOLBENCH_KEY)")
     cache: str = option(None, "folder of its cached responses, instead of a server")
     recorded: str = option(None, "file of recorded responses, instead of a server")
-    max_steps: int = option(12, "turns of the agent before it is stopped", low=1)
+    timeout: float = option(120.0, "seconds for one request to the server or the judge", low=0.1)
+    max_steps: int = option(17, "turns of the agent before it is stopped", low=1)
     judge_url: str = option(None, "OpenAI-compatible endpoint of the judge, up to /v1 "
                                   "(key: $OPENAI_API_KEY); without one, no pass rate")
     judge_model: str = option(None, "name of the judge's model")
-    against: str = option(None, "traces of another model, for the win rate")
+    judge_times: int = option(1, "times that the judge is asked; above 1: mean and spread", low=1)
+    against: str = option(None, "OUT or traces of another model's run, for the win rate")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -140,9 +142,8 @@ def make_responder(model: Transformer, renderer: Renderer, max_new_tokens: int, 
     return respond
 
 
-def single_turn(items: list[Item], respond, options=None):
+def single_turn(items: list[Item], respond):
     """Yield (item, output) as each is finished: how most benchmarks are asked."""
-    # by length, so that ranks that share the items each get a fair share of the long ones
     for i, text in respond([item.messages for item in items]):
         yield items[i], text
 
@@ -243,6 +244,8 @@ def select_items(items: list[Item], options: Options) -> list[Item]:
 def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
     """(summary, verdicts) of a checkpoint, or of predictions made elsewhere, on a benchmark."""
     bench = importlib.import_module(f"benchmarks.{options.bench}")
+    if hasattr(bench, "check_options"):
+        bench.check_options(options)
     is_toy = bench is toy
     all_items = load_items(bench, options)
     items = select_items(all_items, options)
@@ -258,7 +261,11 @@ def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
     # the outputs: made elsewhere, or generated now
     if options.predictions:
         outputs = getattr(bench, "read_predictions", read_predictions)(options.predictions)
-        summary["not_asked"] = len(outputs.keys() - {item.id for item in items})
+        asked = {item.id for item in items}
+        summary["not_asked"] = len(outputs.keys() - asked)
+        if outputs and not outputs.keys() & {item.id for item in all_items}:
+            raise DataError(f"{options.predictions} matches no item: its ids are like "
+                            f"{next(iter(outputs))!r}, the benchmark's like {items[0].id!r}.")
     else:
         path = resolve(options.model)
         model = Transformer.from_pretrained(path, device=device)
