@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import shutil
+from collections import Counter
 
 import numpy as np
 import torch
@@ -50,13 +51,17 @@ class RaggedArray:
 
 
 def pack(sample: Sample) -> bytes:
-    messages = [(m.role, m.text, m.role_spans, m.scored) for m in sample.messages]
-    return json.dumps([sample.id, messages]).encode()
+    messages = []
+    for m in sample.messages:
+        turn = [] if m.turn is None else [m.turn]
+        messages.append([m.role, m.text, m.role_spans, m.scored, *turn])
+    tools = [] if sample.tools is None else [sample.tools]
+    return json.dumps([sample.id, messages, *tools]).encode()
 
 
 def unpack(text: np.ndarray) -> Sample:
-    name, messages = json.loads(text.tobytes())
-    return Sample(name, [Message(*m) for m in messages])
+    name, messages, *tools = json.loads(text.tobytes())
+    return Sample(name, [Message(*m) for m in messages], *tools)
 
 
 # the files of a dataset; `index` holds where each sample's tokens, output tokens and text begin
@@ -86,14 +91,19 @@ class Dataset:
         """Render samples one after the other into binary streams; returns what goes with them."""
         digest = hashlib.sha256()
         dropped = 0
+        notes = Counter()
         ends = np.zeros(3, np.int64)                # of tokens, of output tokens, of texts
         streams["index"].write(ends.tobytes())
         samples = iter(samples)
         while group := list(itertools.islice(samples, 256)):
-            for sample, encodings in zip(group, renderer.encode_texts(group), strict=True):
+            rendered = renderer.render_batch(group)
+            for sample, (ids, roles, sample_notes) in zip(group, rendered, strict=True):
                 scored_texts = [(m.role, m.text, m.scored) for m in sample.messages]
                 digest.update(json.dumps(scored_texts).encode())
-                ids, roles = renderer.render(sample.messages, encodings)
+                native = [m.turn for m in sample.messages if m.turn is not None]
+                if native or sample.tools is not None:
+                    digest.update(json.dumps([native, sample.tools]).encode())
+                notes.update(sample_notes)
                 if len(ids) > max_length:
                     ids = roles = []
                     dropped += 1
@@ -105,13 +115,14 @@ class Dataset:
                 streams["index"].write(ends)
         fingerprint = {"data": digest.hexdigest(), "tokenizer": renderer.fingerprint,
                        "template": renderer.template}
-        return {"dropped": dropped, "fingerprint": fingerprint}
+        return {"dropped": dropped, "notes": notes, "fingerprint": fingerprint}
 
     def _attach(self, arrays, info, renderer, max_length):
         starts, self.output_starts, text_starts = arrays["index"].reshape(-1, 3).T
         self.renderer = renderer
         self.max_length = max_length
         self.dropped = info["dropped"]
+        self.notes = info["notes"]                  # {what is odd about some samples: how many}
         self.fingerprint = info["fingerprint"]
         self.roles = arrays["roles"]                # indices into TOKEN_ROLES, of all tokens
         self.ids = RaggedArray(arrays["tokens"], starts)
@@ -125,15 +136,15 @@ class Dataset:
                             "raise --max-length.")
 
     @classmethod
-    def load(cls, paths: list[str], model_directory: str, template: str, max_length: int):
+    def load(cls, paths, model_directory, template, max_length: int, native_calls=False):
         """All samples of some files, rendered with the tokenizer of a checkpoint.
 
         They are rendered once, into files under ~/.cache/shad-rft (or $XDG_CACHE_HOME), and found
         there again as long as data files, tokenizer, template and max_length are the same. Several
         processes may call this at once: one works, the others wait.
         """
-        renderer = Renderer(model_directory, template)
-        streams = (stream_samples(path, progress=True) for path in paths)
+        renderer = Renderer(model_directory, template, native_calls)
+        streams = (stream_samples(path, True, native_calls) for path in paths)
         samples = itertools.chain.from_iterable(streams)
         files = [split_slice(path)[0] for path in paths]
         if not all(os.path.isfile(file) for file in files):
@@ -186,6 +197,8 @@ class Dataset:
                 f"template {self.renderer.template}")
         if self.dropped:
             text += f"; {self.dropped:,} longer than {self.max_length} tokens dropped"
+        for note, count in self.notes.items():
+            text += f"\n  in {count:,} of them {note}"
         return text
 
 
@@ -195,7 +208,7 @@ def cache_directory(paths, files, renderer, max_length) -> str:
     for path, file in zip(paths, files, strict=True):
         state = os.stat(file)
         states.append((os.path.abspath(path), state.st_size, state.st_mtime_ns))
-    key = json.dumps([2, states, renderer.fingerprint, renderer.template, renderer.bos,
+    key = json.dumps([3, states, renderer.fingerprint, renderer.template, renderer.bos,
                       renderer.vocab_size, renderer.end, max_length])
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     root = os.path.join(cache, "shad-rft")

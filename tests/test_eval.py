@@ -225,8 +225,8 @@ def test_intervals_are_those_of_newcombe_s_table(correct, asked, low, high):
     ("[1, 2]", "every line"),
     ('{"id": "a", "output": "x"}\n{"id": "a", "output": "y"}', "line 2: the id 'a'"),
     ('{"id": "a", "output"', "line 1"),
-    ('{"id": "a", "output": ' + "9" * 5000 + "}", "every line"),
-    ('{"id": "a", "output": ' + "[" * 200_000, "every line")])
+    ('{"id": "a", "output": ' + "9" * 5000 + "}", "line 1: not JSON .*digits"),
+    ('{"id": "a", "output": ' + "[" * 200_000, "line 1: not JSON .*deeply")])
 def test_broken_predictions_are_refused(monkeypatch, tmp_path, text, sentence):
     with pytest.raises(DataError, match=sentence) as e:
         main(monkeypatch, "toy", "--predictions", write(tmp_path / "p.jsonl", text))
