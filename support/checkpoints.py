@@ -1,4 +1,4 @@
-"""Training checkpoints that outlive a kill, a full disk and another number of ranks.
+"""The trained model, and checkpoints that outlive a kill, a full disk, another number of ranks.
 
 OUT/checkpoints/step-00000500 holds torch.distributed.checkpoint's files and state.json. Each rank
 writes its own shard, and any number of ranks can read it. A directory of that name is always
@@ -17,7 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from support.cli import DataError
-from support.distributed import on_rank_0, rank_and_world
+from support.distributed import not_finite, on_rank_0, rank_and_world
 from support.files import (
     damaged_file,
     make_folder,
@@ -25,7 +25,9 @@ from support.files import (
     replacing,
     write_checksums,
     write_json,
+    writing,
 )
+from support.templates import copy_tokenizer
 
 # repeated at every checkpoint of a single process
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -60,15 +62,13 @@ def training_state(model, optimizer) -> dict[str, torch.Tensor]:
 def save_checkpoint(out: str, step: int, model, optimizer, settings: dict, keep: int) -> None:
     """Write the checkpoint of a step, and remove all but the newest `keep`.
 
-    settings: what --resume must find unchanged. Raises DataError where it cannot be written.
+    settings: what --resume must find unchanged. Raises DataError where it cannot be written, or
+    where training has left numbers that are not finite.
     """
+    check_weights(model, step)
     root = os.path.join(out, "checkpoints")
     path = os.path.join(root, f"step-{step:08}")
     temporary = path + ".tmp"
-
-    def begin():
-        remove_folder(temporary)                    # left by a run killed while writing
-        make_folder(temporary, "train.py")
 
     def finish():
         write_json(os.path.join(temporary, "state.json"), {"step": step, "run": settings})
@@ -79,17 +79,72 @@ def save_checkpoint(out: str, step: int, model, optimizer, settings: dict, keep:
                 remove_folder(os.path.join(root, old))
 
     try:
-        on_rank_0(begin)
+        on_rank_0(begin_folder, temporary)
         dcp.save(training_state(model, optimizer), checkpoint_id=temporary)
         on_rank_0(finish)
     except (dcp.api.CheckpointException, DataError, OSError, RuntimeError) as e:
-        if rank_and_world()[0] == 0:
-            with contextlib.suppress(DataError):
-                remove_folder(temporary)
+        give_up_folder(temporary)
         raise DataError(
             f"the checkpoint of step {step} could not be written ({root_cause(e)}); "
             f"the ones before it in {root} are as they were. "
             "Make room, then go on with --resume.") from None
+
+
+def begin_folder(temporary: str) -> None:
+    remove_folder(temporary)                        # left by a run killed while writing
+    make_folder(temporary, "train.py")
+
+
+def give_up_folder(temporary: str) -> None:
+    if rank_and_world()[0] == 0:
+        with contextlib.suppress(DataError):
+            remove_folder(temporary)
+
+
+def check_weights(model, step: int, dtype=None) -> None:
+    """Raise DataError for weights that are not finite, in `dtype` if it is given."""
+    for name in not_finite(model, dtype):
+        raise DataError(f"step {step}: {name} is not finite after the update; lower --lr. "
+                        "The checkpoints made before are as they were.")
+
+
+def save_model(out: str, step: int, model, optimizer, settings: dict, keep: int, tokenizer) -> None:
+    """Write OUT/model, a Hugging Face directory in the dtype of the base's own files.
+
+    tokenizer: the directory to copy it from. Where writing fails, on a full disk say, a checkpoint
+    of the last step is tried instead. Raises DataError then, on all ranks.
+    """
+    stored = model.config.extra                         # transformers 5 says dtype, 4 torch_dtype
+    dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")), None)
+    check_weights(model, step, dtype)
+    path = os.path.join(out, "model")
+    temporary = path + ".tmp"
+    failure = None
+
+    def finish():
+        if failure:
+            raise DataError(failure)
+        with writing(path):
+            copy_tokenizer(tokenizer, temporary)
+            remove_folder(path)
+            os.rename(temporary, path)
+
+    try:
+        on_rank_0(begin_folder, temporary)
+        try:
+            model.save_pretrained(temporary, dtype)
+        except (OSError, ValueError) as e:              # on rank 0; ValueError: CheckpointError
+            failure = f"{path}: {e}"
+        on_rank_0(finish)
+    except DataError as e:
+        give_up_folder(temporary)
+        try:
+            if f"step-{step:08}" not in complete_checkpoints(os.path.join(out, "checkpoints")):
+                save_checkpoint(out, step, model, optimizer, settings, keep)
+        except DataError as also:
+            raise DataError(f"{e} And {also}") from None
+        raise DataError(f"{e} Nothing is lost: {out}/checkpoints keeps step {step}. Make room, "
+                        "then go on with --resume.") from None
 
 
 def load_checkpoint(out: str, model, optimizer, settings: dict) -> int:

@@ -154,7 +154,7 @@ def remove_folder(path: str) -> None:
 def checksum(path: str) -> int:
     crc = 0
     with open(path, "rb") as file:
-        while block := file.read(2**20):
+        while block := file.read(2**15):
             crc = zlib.crc32(block, crc)
     return crc
 
