@@ -45,7 +45,7 @@ from support.distributed import (
     on_rank_0,
     rank_and_world,
 )
-from support.files import claim, replacing, write_json, writing
+from support.files import claim, release, replacing, write_json, writing
 from support.generate import generate_stream
 from support.readers import toy_samples
 from support.templates import Renderer
@@ -458,6 +458,7 @@ def main():
     print_summary(options, summary)
     if options.out:
         save_summary(options, summary, verdicts)
+        release(options.out)
 
 
 if __name__ == "__main__":

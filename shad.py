@@ -51,7 +51,7 @@ from support.distributed import (
     should_shard,
     sum_over_ranks,
 )
-from support.files import claim, damaged_file, remove_folder, replacing, write_json
+from support.files import claim, damaged_file, release, remove_folder, replacing, write_json
 from support.label_report import format_summary, labels_page, summarize
 from support.parts import (
     load_part,
@@ -384,6 +384,7 @@ def run(options: Options, dataset: Dataset, model: Transformer):
 
     # 3. Classify: a token that became harder to predict depends on its input; LD > 0 is reasoning.
     summary = on_rank_0(write_results, options, dataset, base_losses, tuned_losses, drawn, times)
+    release(options.out)
     return load_labels(options.out, dataset).difference[:], summary
 
 

@@ -58,7 +58,7 @@ from support.distributed import (
     should_shard,
     sum_over_ranks,
 )
-from support.files import claim, make_folder, write_json, writing
+from support.files import claim, make_folder, release, write_json, writing
 from support.label_report import colored_tokens, format_summary, sample_html
 from support.parts import stop_at_once
 from support.readers import toy_samples
@@ -293,6 +293,7 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options) -> lis
         log.close()
     save_model(options.out, len(batches), model, optimizer, settings, options.keep,
                dataset.renderer.directory)
+    release(options.out)
     return metrics
 
 
@@ -471,6 +472,7 @@ def reproduce(out: str = "out", seed: int = 0) -> dict:
               f"{time.perf_counter() - start:.0f} s. Look at {out}/report.html (curves, coloured "
               f"tokens) and {out}/labels/labels.html. Next, with your own model and data:\n"
               "  python train.py --model DIR_OR_HUB_ID --data train.json --method rft --out OUT")
+    release(out)
     return summaries
 
 

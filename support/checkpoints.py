@@ -62,10 +62,8 @@ def training_state(model, optimizer) -> dict[str, torch.Tensor]:
 def save_checkpoint(out: str, step: int, model, optimizer, settings: dict, keep: int) -> None:
     """Write the checkpoint of a step, and remove all but the newest `keep`.
 
-    settings: what --resume must find unchanged. Raises DataError where it cannot be written, or
-    where training has left numbers that are not finite.
+    settings: what --resume must find unchanged. Raises DataError where it cannot be written.
     """
-    check_weights(model, step)
     root = os.path.join(out, "checkpoints")
     path = os.path.join(root, f"step-{step:08}")
     temporary = path + ".tmp"
@@ -101,22 +99,18 @@ def give_up_folder(temporary: str) -> None:
             remove_folder(temporary)
 
 
-def check_weights(model, step: int, dtype=None) -> None:
-    """Raise DataError for weights that are not finite, in `dtype` if it is given."""
-    for name in not_finite(model, dtype):
-        raise DataError(f"step {step}: {name} is not finite after the update; lower --lr. "
-                        "The checkpoints made before are as they were.")
-
-
 def save_model(out: str, step: int, model, optimizer, settings: dict, keep: int, tokenizer) -> None:
     """Write OUT/model, a Hugging Face directory in the dtype of the base's own files.
 
     tokenizer: the directory to copy it from. Where writing fails, on a full disk say, a checkpoint
-    of the last step is tried instead. Raises DataError then, on all ranks.
+    of the last step is tried instead. Raises DataError then, on all ranks, and for weights that
+    are not finite.
     """
     stored = model.config.extra                         # transformers 5 says dtype, 4 torch_dtype
     dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")), None)
-    check_weights(model, step, dtype)
+    for name in not_finite(model, dtype):
+        raise DataError(f"after step {step} {name} is not finite; lower --lr. "
+                        "The checkpoints made before are as they were.")
     path = os.path.join(out, "model")
     temporary = path + ".tmp"
     failure = None
@@ -136,15 +130,17 @@ def save_model(out: str, step: int, model, optimizer, settings: dict, keep: int,
         except (OSError, ValueError) as e:              # on rank 0; ValueError: CheckpointError
             failure = f"{path}: {e}"
         on_rank_0(finish)
+        return
     except DataError as e:
-        give_up_folder(temporary)
+        failure = str(e)
+    give_up_folder(temporary)
+    if f"step-{step:08}" not in complete_checkpoints(os.path.join(out, "checkpoints")):
         try:
-            if f"step-{step:08}" not in complete_checkpoints(os.path.join(out, "checkpoints")):
-                save_checkpoint(out, step, model, optimizer, settings, keep)
-        except DataError as also:
-            raise DataError(f"{e} And {also}") from None
-        raise DataError(f"{e} Nothing is lost: {out}/checkpoints keeps step {step}. Make room, "
-                        "then go on with --resume.") from None
+            save_checkpoint(out, step, model, optimizer, settings, keep)
+        except DataError as e:
+            raise DataError(f"{failure} And {e}") from None
+    raise DataError(f"{failure} Nothing is lost: {out}/checkpoints keeps step {step}. Make room, "
+                    "then go on with --resume.")
 
 
 def load_checkpoint(out: str, model, optimizer, settings: dict) -> int:

@@ -55,7 +55,7 @@ def write_json(path: str, content) -> None:
 # --------------------------------------------------------------------------------------------------
 # Whose a file or a folder is
 
-held_locks = {}         # {folder: its marker, open and locked as long as this process lives}
+held_locks = {}         # {folder: its marker, open and locked until released or the process ends}
 
 
 def claim(folder: str, names, maker: str) -> None:
@@ -90,6 +90,13 @@ def claim(folder: str, names, maker: str) -> None:
         file.flush()
 
 
+def release(folder: str) -> None:
+    """Let other runs write to a folder that was claimed, if it was."""
+    file = held_locks.pop(os.path.realpath(folder), None)
+    if file:
+        file.close()
+
+
 def lock(file, wait: bool) -> bool:
     """Lock an open file until it is closed, at the latest when this process ends, however it does.
 
@@ -118,7 +125,8 @@ def read_marker(folder: str) -> dict[str, str]:
 
 
 def is_empty(path: str) -> bool:
-    return os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path)
+    """Is it a folder with nothing in it, but perhaps the marker, which a kill can cut short?"""
+    return os.path.isdir(path) and not os.path.islink(path) and set(os.listdir(path)) <= {MARKER}
 
 
 def make_folder(path: str, maker: str) -> None:
