@@ -6,7 +6,10 @@
 
 A sample is a conversation. Its input is everything but the assistant's turns; its output is the
 assistant's turns, each with the end-of-turn token that the model must emit. Only output tokens
-carry loss.
+carry loss. To see what is trained on:
+
+    python data.py --model DIR_OR_HUB_ID --data train.json      # samples with their output marked
+    python data.py --model DIR_OR_HUB_ID --data train.json --json     # all ids, one line per sample
 """
 import contextlib
 import hashlib
@@ -14,17 +17,24 @@ import io
 import itertools
 import json
 import os
+import signal
+import sys
 from collections import Counter
+from dataclasses import dataclass
+
+if __name__ == "__main__":      # Ctrl-C while torch is imported ends it without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch
 
-from support.cli import DataError
+from model import CheckpointError, resolve
+from support.cli import DataError, option, parse_options, run_script
 from support.distributed import rank_and_world
 from support.files import damaged_file, lock, make_folder, remove_folder, write_checksums
 from support.readers import Message, Sample, split_slice, stream_samples
 from support.readers import read_samples as read_samples  # data.read_samples is public
-from support.templates import TOKEN_ROLES, Renderer
+from support.templates import TOKEN_ROLES, Renderer, highlighted
 
 
 class RaggedArray:
@@ -311,3 +321,46 @@ def collate(dataset: Dataset, indices, labels=None, device="cpu"):
             placed[b, :n][is_output] = labels[here]
     return tuple(torch.from_numpy(x).to(device, non_blocking=True)
                  for x in (tokens, targets, placed))
+
+
+# --------------------------------------------------------------------------------------------------
+# The script: show what is trained on
+
+@dataclass
+class Options:
+    model: str = option("", "a Hugging Face directory or hub id, for its tokenizer", required=True)
+    data: list = option([], "data files; a slice may follow: train.json[:300]", required=True)
+    show: int = option(3, "samples to print")
+    json: bool = option(False, "print one line per sample instead: id, token ids, and which of "
+                               "them are output")
+    template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
+                                   "tokenizer has its tokens, else plain",
+                           choices=["auto", "chatml", "plain"])
+    native_calls: bool = option(False, "send APIGen's and ShareGPT's calls through the "
+                                       "checkpoint's own chat template, as tool calls; "
+                                       "else they are text")
+    max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
+
+
+def main():
+    options = parse_options(Options, __doc__)
+    dataset = Dataset.load(options.data, resolve(options.model), options.template,
+                           options.max_length, options.native_calls)
+    if options.json:
+        for i in dataset.kept:
+            row = {"id": dataset.samples[i].id, "ids": dataset.ids[i].tolist(),
+                   "output": dataset.is_output[i].tolist()}
+            print(json.dumps(row))
+        return
+    lengths = dataset.lengths[dataset.kept]
+    print(dataset.describe())
+    print(f"tokens per sample: {lengths.min()} to {lengths.max()}, median {np.median(lengths):.0f}")
+    for i in dataset.kept[:options.show]:
+        sample = dataset.samples[i]
+        print(f"\n--- {ascii(sample.id)[1:-1]}: {dataset.lengths[i]} tokens, "
+              f"{dataset.output_counts[i]} of them output")
+        print(highlighted(dataset.renderer, sample, colour=sys.stdout.isatty()))
+
+
+if __name__ == "__main__":
+    run_script(main, CheckpointError)

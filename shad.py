@@ -83,7 +83,12 @@ class Options:
     threshold: float = option(0.0, "loss difference above which a token is reasoning, in nats; "
                                    "kept with the labels", low=-2**32)
     max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
-    template: str = option("auto", "chat template", choices=["auto", "chatml", "plain"])
+    template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
+                                   "tokenizer has its tokens, else plain",
+                           choices=["auto", "chatml", "plain"])
+    native_calls: bool = option(False, "send APIGen's and ShareGPT's calls through the "
+                                       "checkpoint's own chat template, as tool calls; "
+                                       "else they are text")
     shard: str = option("auto", "split the model over the ranks (FSDP2); auto: with several GPUs",
                         choices=["auto", "yes", "no"])
     seed: int = option(0, "seed of the shuffle and of the batch order")
@@ -166,7 +171,7 @@ def token_losses(model, dataset: Dataset, micro_tokens: int, title: str, directo
     total = int(dataset.lengths.sum())
     left = sum(int(dataset.lengths[parts[p]].sum()) for p in todo)
     bar = tqdm(desc=title, total=total, initial=total - left, unit="token", unit_scale=True,
-               disable=rank > 0)
+               leave=None, disable=rank > 0)
     for first in range(0, len(todo), world):
         # One part per rank at a time. Ranks that share a model must make the same number of
         # forwards, so each knows the plans of all and fills up with empty micro-batches.
@@ -434,7 +439,8 @@ def main():
     on_rank_0(claim, options.out, FILES, "shad.py")
     options.model = resolve(options.model)
     on_stop(stop_at_once(options.out))
-    dataset = Dataset.load(options.data, options.model, options.template, options.max_length)
+    dataset = Dataset.load(options.data, options.model, options.template, options.max_length,
+                           options.native_calls)
     if rank == 0:
         print(dataset.describe())
     shard = partial(shard_model, device=device) if should_shard(options.shard, device) else None
@@ -442,6 +448,7 @@ def main():
     if rank == 0:
         arguments = ["--model", options.model, "--data", *options.data,
                      "--max-length", str(options.max_length), "--template", options.template,
+                     *(["--native-calls"] if options.native_calls else []),
                      "--method", "rft", "--labels", options.out]
         print(f"\nwrote {options.out}/labels.safetensors, summary.json and labels.html "
               "(open it in a browser). Next:\n"

@@ -22,6 +22,7 @@ class Renderer:
     directory: a HF checkpoint with tokenizer.json. template:
       "chatml"  <|im_start|>role\\n ... <|im_end|>\\n
       "plain"   Role:\\n ... \\n\\n, where the tokenizer's eos token ends an assistant's turn
+      "raw"     the texts as they are, special tokens too: for prompts that are complete
       "auto"    the checkpoint's own chat template if it brings one; else chatml if the tokenizer
                 has its tokens; else plain
     chatml and plain are tokenized segment by segment, so that a prompt's ids are always a prefix of
@@ -136,7 +137,7 @@ class Renderer:
 
     def use_segments(self, template: str) -> None:
         # special tokens are placed as ids; the same characters inside a text are only characters
-        self.tokenizer.encode_special_tokens = True
+        self.tokenizer.encode_special_tokens = template != "raw"
         start = self.tokenizer.token_to_id("<|im_start|>")
         end = self.tokenizer.token_to_id("<|im_end|>")
         has_chatml = start is not None and end is not None
@@ -156,12 +157,14 @@ class Renderer:
                                 "the plain template needs it to end a turn.")
             self.start = []
             self.end = self.eos_ids[0]
-            self.gap = self.encode("\n\n").ids
+            self.gap = [] if template == "raw" else self.encode("\n\n").ids
         self.stop_ids = {self.end}              # ids after which the assistant has spoken
         self.headers = {}
 
     def header(self, role: str) -> list[int]:
         """The ids that open a turn."""
+        if self.template == "raw":
+            return []
         if role not in self.headers:
             name = f"{role}\n" if self.template == "chatml" else f"{role.capitalize()}:\n"
             self.headers[role] = self.start + self.encode(name).ids

@@ -326,11 +326,12 @@ def test_a_benchmark_is_asked_once_and_judged_again(monkeypatch, chatml, tmp_pat
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_benchmark_judges_predictions(monkeypatch, tmp_path, name, folder):
-    def judge(prompt, choices):
+    def judge(question, **fields):
         return "Solved", "it does"
 
     _, item, right = FOLDERS[name]
     monkeypatch.setattr(stabletoolbench, "judge_endpoint", lambda *_: judge)
+    monkeypatch.setattr(stabletoolbench, "check_reachable", lambda *_: None)
     arguments = [name, "--predictions", write_predictions(tmp_path / "p.jsonl", {item: right})]
     if name == "stabletoolbench":
         arguments += ["--judge-url", "http://judge", "--judge-model", "m"]
