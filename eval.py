@@ -23,6 +23,7 @@ import platform
 import re
 import shlex
 import signal
+from collections import Counter
 from dataclasses import dataclass
 
 if __name__ == "__main__":      # Ctrl-C while torch is imported ends it without a traceback
@@ -215,13 +216,14 @@ def read_outputs(folder: str, settings: dict) -> dict:
 
 def open_log(path: str, settings: dict):
     """The file to append to, without an incomplete last line; its first line is the settings."""
-    with open(path, "ab+") as log:
-        log.seek(0)
-        log.truncate(log.read().rfind(b"\n") + 1)
-    log = open(path, "a", encoding="utf-8")     # noqa: SIM115  (the caller closes it)
-    if not log.tell():
-        log.write(json.dumps(settings) + "\n")
-        log.flush()
+    with writing(path):
+        with open(path, "ab+") as log:
+            log.seek(0)
+            log.truncate(log.read().rfind(b"\n") + 1)
+        log = open(path, "a", encoding="utf-8")     # noqa: SIM115  (the caller closes it)
+        if not log.tell():
+            log.write(json.dumps(settings) + "\n")
+            log.flush()
     return log
 
 
@@ -238,12 +240,10 @@ def load_items(bench, options: Options) -> list[Item]:
 
 def select_items(items: list[Item], options: Options) -> list[Item]:
     """The items that --categories and --limit leave."""
-    seen = set()
-    for item in items:
-        if item.id in seen:
-            raise DataError(f"{' '.join(options.data)} holds two items with the id {item.id!r}; "
+    for name, count in Counter(item.id for item in items).items():
+        if count > 1:
+            raise DataError(f"{' '.join(options.data)} holds {count} items with the id {name!r}; "
                             "keep one of them.")
-        seen.add(item.id)
     known = list(dict.fromkeys(item.category for item in items))
     unknown = [name for name in options.categories if name not in known]
     if unknown:

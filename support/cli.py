@@ -78,6 +78,10 @@ def run_script(main, *expected: type[Exception]) -> None:
         main()
     except (DataError, OSError, *expected) as e:
         leave(f"{script}: {e}", 2)
+    except RuntimeError as e:
+        if is_first_rank() or "onnection" not in str(e):
+            raise
+        leave(f"{script}: rank 0 has left ({e})", 2)
     except KeyboardInterrupt:
         leave(f"{script}: stopped", 130)
 
