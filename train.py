@@ -15,12 +15,15 @@ import itertools
 import json
 import math
 import os
-import shutil
+import shlex
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
+
+if __name__ == "__main__":      # Ctrl-C while torch is imported ends it without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import torch
 from tqdm import tqdm
@@ -34,8 +37,10 @@ from support import report
 from support.checkpoints import (
     complete_checkpoints,
     load_checkpoint,
+    on_stop,
     open_metrics,
     save_checkpoint,
+    save_model,
     stop_after_this_step,
     told_to_stop,
 )
@@ -47,15 +52,16 @@ from support.distributed import (
     compile_blocks,
     init_distributed,
     mixed_precision,
+    on_rank_0,
     rank_and_world,
     shard_model,
     should_shard,
     sum_over_ranks,
 )
-from support.files import write_json
+from support.files import claim, make_folder, release, write_json, writing
 from support.label_report import colored_tokens, format_summary, sample_html
+from support.parts import stop_at_once
 from support.readers import toy_samples
-from support.templates import copy_tokenizer
 
 
 @dataclass
@@ -69,18 +75,18 @@ class Options:
     labels: str = option(None, "labels of shad.py (a directory); rft without them runs SHAD first, "
                                "into OUT/labels")
     threshold: float = option(None, "loss difference above which a token is reasoning, in nats "
-                                    "(default: the labels' own)", type=float)
+                                    "(default: the labels' own)", low=-2**32, type=float)
     tau: float = option(3.0, "temperature of RFT's softmax, in nats", low=0.01)
     scope: str = option("sample", "one pair of RFT's weights per sample, or one for the global "
                                   "batch", choices=["sample", "batch"])
     reduce: str = option("mean", "a group's loss is its tokens' mean, or their sum as the formula "
                                  "literally says (it saturates)", choices=["mean", "sum"])
     # optimization
-    epochs: int = option(1, "passes over the data", low=1)
+    epochs: int = option(1, "passes over the data", low=1, high=1000)
     steps: int = option(0, "stop after this many steps instead, however many epochs that takes; "
-                           "0: by --epochs")
+                           "0: by --epochs", high=10**6)
     lr: float = option(2e-5, "peak learning rate; linear warm-up, then a cosine down to a tenth")
-    warmup: float = option(0.03, "share of the steps that warm up")
+    warmup: float = option(0.03, "share of the steps that warm up", high=1)
     weight_decay: float = option(0.0, "decoupled weight decay of the matrices")
     clip: float = option(1.0, "largest gradient norm")
     batch_tokens: int = option(8192, "tokens per global batch", low=1)
@@ -109,6 +115,9 @@ class Options:
 # options that may differ on --resume; data and labels are compared by their content instead
 MAY_CHANGE = {"model", "data", "out", "labels", "micro_tokens", "checkpoint_every", "keep",
               "resume", "shard", "recompute", "compile", "threshold"}
+
+
+FILES = ("metrics.jsonl", "model")          # what train() makes in OUT, beside checkpoints/
 
 
 # --------------------------------------------------------------------------------------------------
@@ -230,6 +239,7 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
     cannot be written or read.
     """
     rank, _ = rank_and_world()
+    on_rank_0(claim, options.out, FILES, "train.py")
     batches = plan_batches(dataset, options)
     optimizer = make_optimizer(model, options)
     settings = {k: v for k, v in asdict(options).items() if k not in MAY_CHANGE}
@@ -242,7 +252,6 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
         first = load_checkpoint(options.out, model, optimizer, settings)
     metrics = []
     if rank == 0:
-        os.makedirs(options.out, exist_ok=True)
         metrics, log = open_metrics(os.path.join(options.out, "metrics.jsonl"), first)
     bar = tqdm(range(first, len(batches)), options.method, unit="step", initial=first,
                total=len(batches), disable=rank > 0)
@@ -272,8 +281,9 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
         row = metrics_row(step + 1, sums, labels is not None, lr, norm, tokens_per_s)
         metrics.append(row)
         if rank == 0:
-            log.write(json.dumps(row) + "\n")
-            log.flush()
+            with writing(log.name):
+                log.write(json.dumps(row) + "\n")
+                log.flush()
             bar.set_postfix(progress(row, labels is not None))
         if watch:
             watch(step + 1)
@@ -289,7 +299,9 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
     bar.close()
     if rank == 0:
         log.close()
-    save_model(model, dataset.renderer.directory, os.path.join(options.out, "model"))
+    save_model(options.out, len(batches), model, optimizer, settings, options.keep,
+               dataset.renderer.directory)
+    release(options.out)
     return metrics
 
 
@@ -321,33 +333,23 @@ def progress(row: dict, labelled: bool) -> dict:
     return {name: f"{value:.3f}" for name, value in shown.items()}
 
 
-def save_model(model: Transformer, tokenizer_directory: str, path: str) -> None:
-    """Write a Hugging Face directory in the base's own dtype, under a temporary name first."""
-    stored = model.config.extra                         # transformers 5 says dtype, 4 torch_dtype
-    dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")), None)
-    model.save_pretrained(path + ".tmp", dtype)
-    if rank_and_world()[0] == 0:
-        copy_tokenizer(tokenizer_directory, path + ".tmp")
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(path + ".tmp", path)
-
-
 def main():
     options = parse_options(Options, __doc__)
     device = init_distributed()
     rank, _ = rank_and_world()
-    options.model = resolve(options.model)
+    on_rank_0(claim, options.out, FILES, "train.py")
     if finished_before(options):
         return
     barrier()                                   # every rank has looked before one begins to write
+    options.model = resolve(options.model)
+    on_stop(stop_at_once(os.path.join(options.out, "labels")))
     dataset = Dataset.load(options.data, options.model, options.template, options.max_length,
                            options.native_calls)
     if rank == 0:
         print(dataset.describe())
     shard = partial(shard_model, device=device) if should_shard(options.shard, device) else None
 
-    # SHAD, unless there are labels; it keeps what it has done as it goes, so SIGTERM may end it
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # SHAD, unless there are labels; it keeps what it has done as it goes
     if options.method != "sft" and not options.labels:
         options.labels = os.path.join(options.out, "labels")
         if not os.path.exists(os.path.join(options.labels, "labels.safetensors")):
@@ -365,15 +367,14 @@ def main():
         labels.threshold = options.threshold
 
     # train; from here on a checkpoint can be written
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop_after_this_step)
+    on_stop(stop_after_this_step, signal.SIGINT)
     model = Transformer.from_pretrained(options.model, device=device, shard=shard)
     model.recompute = options.recompute
     if options.compile:
         compile_blocks(model)
     metrics = train(model, dataset, labels, options)
     if rank == 0:
-        print_result(metrics, labels is not None, options)
+        print_result(metrics, options)
 
 
 def finished_before(options: Options) -> bool:
@@ -386,27 +387,30 @@ def finished_before(options: Options) -> bool:
             return True
         raise DataError(f"{options.out}/model already holds a trained model; "
                         "choose another --out, or remove it.")
-    if os.path.isdir(root) and os.listdir(root) and not options.resume:
-        raise DataError(f"{root} holds an unfinished run; go on with --resume, "
+    metrics = os.path.join(options.out, "metrics.jsonl")
+    begun = [root] if os.path.isdir(root) and os.listdir(root) else []
+    begun += [metrics] if os.path.isfile(metrics) and os.path.getsize(metrics) else []
+    if begun and not options.resume:
+        raise DataError(f"{begun[0]} holds an unfinished run; go on with --resume, "
                         "choose another --out, or remove it.")
     return False
 
 
-def print_result(metrics: list[dict], labelled: bool, options: Options) -> None:
+def print_result(metrics: list[dict], options: Options) -> None:
     """What was made, and what to do next."""
-    last = metrics[-1]
-    groups = ""
-    if labelled:
-        groups = (f" (reasoning {last['loss_reasoning']:.3f}, "
-                  f"boilerplate {last['loss_boilerplate']:.3f})")
+    text = f"{options.method}: {len(metrics)} steps"
+    if metrics:
+        last = metrics[-1]
+        text += f", loss {metrics[0]['loss']:.3f} -> {last['loss']:.3f}"
+        if None not in (last["loss_reasoning"], last["loss_boilerplate"]):
+            text += (f" (reasoning {last['loss_reasoning']:.3f}, "
+                     f"boilerplate {last['loss_boilerplate']:.3f})")
     root = os.path.join(options.out, "checkpoints")
     leftover = f"; {root} is no longer needed" if complete_checkpoints(root) else ""
-    print(f"\n{options.method}: {len(metrics)} steps, "
-          f"loss {metrics[0]['loss']:.3f} -> {last['loss']:.3f}{groups}\n"
-          f"wrote {options.out}/model (a Hugging Face directory) and "
+    model, out = (shlex.quote(os.path.join(options.out, name)) for name in ("model", "eval"))
+    print(f"\n{text}\nwrote {options.out}/model (a Hugging Face directory) and "
           f"{options.out}/metrics.jsonl{leftover}. Next:\n"
-          f"  python eval.py loss --model {options.out}/model --data HELD_OUT.json "
-          f"--out {options.out}/eval")
+          f"  python eval.py loss --model {model} --data HELD_OUT.json --out {out}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -438,6 +442,12 @@ def reproduce(out: str = "out", seed: int = 0) -> dict:
     def evaluate(model, count=TOY_EVAL):
         summary, _ = eval.evaluate_toy(model, dataset.renderer, count, seed=EVAL_SEED + seed)
         return summary
+
+    # all of it is made anew each time, so OUT must not hold anything else of these names
+    made = ("labels", "sft", "rft", "report.html", "summary.json")
+    on_rank_0(claim, out, made, "train.py without arguments")
+    for name in made[:3]:
+        on_rank_0(make_folder, os.path.join(out, name), "train.py without arguments")
 
     # the toy, and its labels by SHAD
     dataset = Dataset(toy_samples(TOY_SAMPLES, seed), Renderer(TOY))
@@ -485,6 +495,7 @@ def reproduce(out: str = "out", seed: int = 0) -> dict:
               f"{time.perf_counter() - start:.0f} s. Look at {out}/report.html (curves, coloured "
               f"tokens) and {out}/labels/labels.html. Next, with your own model and data:\n"
               "  python train.py --model DIR_OR_HUB_ID --data train.json --method rft --out OUT")
+    release(out)
     return summaries
 
 
