@@ -22,14 +22,16 @@ import time
 from dataclasses import asdict, dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import eval
+import rft
 import shad
 from data import Dataset, Renderer, collate, epoch_batches, micro_batches
 from model import CheckpointError, Transformer, resolve
-from rft import METHODS, Totals, group_losses
+from rft import METHODS, group_losses
 from support import report
 from support.checkpoints import (
     complete_checkpoints,
@@ -112,53 +114,93 @@ MAY_CHANGE = {"model", "data", "out", "labels", "micro_tokens", "checkpoint_ever
 def backward(model, dataset: Dataset, labels, batch, options: Options) -> dict:
     """Forward and backward of this rank's share of one global batch.
 
-    batch: indices of samples. labels: is_reasoning of all output tokens (see collate), or None.
-    Gradients are left in the model, not yet summed over ranks. Returns sums over this rank's share:
-    "loss" (), group losses "L" (2,) summed over tokens, counts "n" (2,), the groups' weights "w"
-    (2,).
+    batch: indices of samples. labels: what the method's labels say of all output tokens (see
+    collate), or None. Gradients are left in the model, not yet summed over ranks. Returns sums over
+    this rank's share: "loss" (), group losses "L" (2,) summed over tokens, counts "n" (2,), the
+    groups' weights "w" (2,).
     """
     rank, world = rank_and_world()
     device = model.head.device
     pieces = micro_batches(batch, dataset.lengths, options.micro_tokens, rank, world)
     single = len(pieces) == 1                               # on every rank
-    totals = Totals(len(batch), int(dataset.output_counts[batch].sum()))
 
     def forward(indices):
-        tokens, targets, is_reasoning = collate(dataset, indices, labels, device)
+        tokens, targets, of_tokens = collate(dataset, indices, labels, device)
         with mixed_precision(device):
-            return model(tokens, targets), is_reasoning, targets != -100            # (B, T) each
+            return model(tokens, targets), of_tokens, targets != -100               # (B, T) each
 
-    # Scope "batch": the weights need the losses of the whole batch before any backward. That is one
-    # more pass, without gradients; a single micro-batch is passed once and its graph kept.
-    single_forward = None
-    if options.method != "sft" and options.scope == "batch":
-        totals.L = torch.zeros(2, device=device)
-        totals.n = torch.zeros(2, device=device)
+    # Some weights need the losses of the whole batch before any backward. That is one more pass,
+    # without gradients; a single micro-batch is passed once and its graph kept.
+    first_pass = []
+    if needs_all_losses(options):
         with torch.set_grad_enabled(single):
-            for indices in pieces:
-                single_forward = losses, is_reasoning, is_output = forward(indices)
-                L, n = group_losses(losses.detach(), is_reasoning, is_output, "sum")    # (2, B)
-                totals.L += L.sum(-1)
-                totals.n += n.sum(-1)
-        sum_over_ranks(totals.L, totals.n)
-        if options.reduce == "mean":
-            totals.L /= totals.n.clamp(min=1)
+            first_pass = [forward(indices) for indices in pieces]
+    totals, selected = batch_totals(first_pass, pieces, dataset, labels, batch, options, device)
 
     # Each micro-batch's share of the loss goes backward by itself.
+    loss_function, _ = METHODS[options.method]
     sums = {"loss": torch.zeros((), device=device)}
     for name in ("L", "n", "w"):
         sums[name] = torch.zeros(2, device=device)
-    for indices in pieces:
-        reuse = single and single_forward is not None
-        losses, is_reasoning, is_output = single_forward if reuse else forward(indices)
-        loss, w = METHODS[options.method](losses, is_reasoning, is_output, totals, options)
+    for k, indices in enumerate(pieces):
+        reuse = single and first_pass
+        losses, of_tokens, is_output = first_pass[0] if reuse else forward(indices)
+        if selected:
+            of_tokens = selected[k]
+        loss, w = loss_function(losses, of_tokens, is_output, totals, options)
         loss.backward()
-        L, n = group_losses(losses.detach(), is_reasoning, is_output, "sum")        # (2, B)
         sums["loss"] += loss.detach()
-        sums["L"] += L.sum(1)
-        sums["n"] += n.sum(1)
         sums["w"] += w
+        if of_tokens.dtype == torch.bool:
+            L, n = group_losses(losses.detach(), of_tokens, is_output, "sum")       # (2, B)
+            sums["L"] += L.sum(1)
+            sums["n"] += n.sum(1)
     return sums
+
+
+def needs_all_losses(options: Options) -> bool:
+    """Do a token's weight depend on the losses of its whole global batch?"""
+    grouped = METHODS[options.method][0] in (rft.rft, rft.alpha)
+    return options.method == "rho1" or (grouped and options.scope == "batch")
+
+
+def batch_totals(first_pass, pieces, dataset, labels, batch, options: Options, device):
+    """(what rft.py must know of a global batch, which tokens rho1 selects in each micro-batch).
+
+    first_pass: the (losses, labels, is_output) of this rank's micro-batches, where they are needed.
+    """
+    counts = dataset.output_counts[batch]
+    totals = rft.Totals(len(batch), int(counts.sum()))
+    selected = []
+    if options.method == "rewardft":
+        totals.weight = torch.zeros((), device=device)
+        for i in batch:
+            rewards = labels[dataset.output_starts[i]:dataset.output_starts[i + 1]]
+            totals.weight += rft.reward_weights(torch.from_numpy(rewards).to(device)).sum()
+    elif options.method == "rho1":
+        # each rank writes the excess losses of its tokens into their places among all
+        starts = dict(zip(batch.tolist(), np.cumsum(counts) - counts, strict=True))
+        excess = torch.zeros(totals.tokens, device=device)
+        for (losses, reference, is_output), indices in zip(first_pass, pieces, strict=True):
+            selected.append(losses.detach() - reference)                            # (B, T)
+            for b, i in enumerate(indices):
+                of_sample = selected[-1][b][is_output[b]]
+                excess[starts[i]:starts[i] + len(of_sample)] = of_sample
+        sum_over_ranks(excess)
+        threshold = rft.selection_threshold(excess, options.keep_share)
+        totals.weight = (excess >= threshold).sum()
+        selected = [piece >= threshold for piece in selected]
+    elif first_pass:
+        totals.L = torch.zeros(2, device=device)
+        totals.n = torch.zeros(2, device=device)
+        for losses, is_reasoning, is_output in first_pass:
+            L, n = group_losses(losses.detach(), is_reasoning, is_output, "sum")    # (2, B)
+            totals.L += L.sum(-1)
+            totals.n += n.sum(-1)
+        sum_over_ranks(totals.L, totals.n)
+        if options.reduce == "mean":
+            totals.L /= totals.n.clamp(min=1)
+    return totals, selected
 
 
 def learning_rate(step: int, steps: int, options: Options) -> float:
