@@ -1,10 +1,14 @@
-"""Weighted training, SFT or RFT, on one process or many.
+"""Weighted training, by SFT, RFT or the paper's other methods, on one process or many.
 
     python train.py                         # the whole method on the toy, offline, in minutes
     torchrun --nproc_per_node 2 train.py    # the same, on two processes
     python train.py --model DIR_OR_HUB_ID --data train.json --method rft --out OUT      # SHAD first
     torchrun --nproc_per_node 8 train.py --model DIR --data a.json b.json --method rft \\
              --labels DIR --out OUT
+    python train.py --model DIR --data train.json --method regex --out OUT              # no SHAD
+    python train.py --model DIR --data train.json --method rho1 --labels DIR --out OUT
+
+The last needs labels by baselines/reference.py, as rewardft does: see METHODS in rft.py.
 
 Writes OUT/metrics.jsonl, one line per step, and OUT/model, a Hugging Face directory. The loss and
 the gradient of a global batch do not depend on how it is cut: ranks and micro-batches each add
@@ -29,6 +33,7 @@ from tqdm import tqdm
 import eval
 import rft
 import shad
+from baselines.labels import check_labels, method_labels
 from data import Dataset, Renderer, collate, epoch_batches, micro_batches
 from model import CheckpointError, Transformer, resolve
 from rft import METHODS, group_losses
@@ -68,8 +73,9 @@ class Options:
     out: str = option("", "directory for metrics.jsonl and model/", required=True)
     # method
     method: str = option("rft", "how tokens are weighted", choices=list(METHODS))
-    labels: str = option(None, "labels of shad.py (a directory); rft without them runs SHAD first, "
-                               "into OUT/labels")
+    labels: str = option(None, "labels (a directory) of shad.py; alpha and rft without them run "
+                               "SHAD first, into OUT/labels; for rho1 and rewardft those of "
+                               "baselines.reference; regex makes its own")
     threshold: float = option(None, "loss difference above which a token is reasoning, in nats "
                                     "(default: the labels' own)", type=float)
     tau: float = option(3.0, "temperature of RFT's softmax, in nats", low=0.01)
@@ -77,6 +83,10 @@ class Options:
                                   "batch", choices=["sample", "batch"])
     reduce: str = option("mean", "a group's loss is its tokens' mean, or their sum as the formula "
                                  "literally says (it saturates)", choices=["mean", "sum"])
+    detach: str = option("yes", "no gradient through RFT's weights", choices=["yes", "no"])
+    alpha: float = option(0.6, "weight of the reasoning tokens for alpha and regex; the paper's "
+                               "value is not public", high=1)
+    keep_share: float = option(0.6, "share of a batch's output tokens that rho1 selects", high=1)
     # optimization
     epochs: int = option(1, "passes over the data", low=1)
     steps: int = option(0, "stop after this many steps instead, however many epochs that takes; "
@@ -117,10 +127,11 @@ def backward(model, dataset: Dataset, labels, batch, options: Options) -> dict:
     batch: indices of samples. labels: what the method's labels say of all output tokens (see
     collate), or None. Gradients are left in the model, not yet summed over ranks. Returns sums over
     this rank's share: "loss" (), group losses "L" (2,) summed over tokens, counts "n" (2,), the
-    groups' weights "w" (2,).
+    groups' weights "w" (2,); zeros where the labels know no groups.
     """
     rank, world = rank_and_world()
     device = model.head.device
+    batch = np.asarray(batch)
     pieces = micro_batches(batch, dataset.lengths, options.micro_tokens, rank, world)
     single = len(pieces) == 1                               # on every rank
 
@@ -135,7 +146,10 @@ def backward(model, dataset: Dataset, labels, batch, options: Options) -> dict:
     if needs_all_losses(options):
         with torch.set_grad_enabled(single):
             first_pass = [forward(indices) for indices in pieces]
-    totals, selected = batch_totals(first_pass, pieces, dataset, labels, batch, options, device)
+    totals = batch_totals(first_pass, dataset, labels, batch, options, device)
+    selected = []
+    if options.method == "rho1":
+        selected = select_tokens(first_pass, pieces, totals, dataset, batch, options)
 
     # Each micro-batch's share of the loss goes backward by itself.
     loss_function, _ = METHODS[options.method]
@@ -151,56 +165,69 @@ def backward(model, dataset: Dataset, labels, batch, options: Options) -> dict:
         loss.backward()
         sums["loss"] += loss.detach()
         sums["w"] += w
-        if of_tokens.dtype == torch.bool:
+        if has_groups(labels):
             L, n = group_losses(losses.detach(), of_tokens, is_output, "sum")       # (2, B)
             sums["L"] += L.sum(1)
             sums["n"] += n.sum(1)
     return sums
 
 
+def has_groups(labels) -> bool:
+    """Do these labels, or None, tell two groups of tokens apart? Others are losses or rewards."""
+    return labels is None or labels[:0].dtype == bool
+
+
 def needs_all_losses(options: Options) -> bool:
-    """Do a token's weight depend on the losses of its whole global batch?"""
-    grouped = METHODS[options.method][0] in (rft.rft, rft.alpha)
-    return options.method == "rho1" or (grouped and options.scope == "batch")
+    """Does a token's weight depend on the losses of its whole global batch?"""
+    is_rft = METHODS[options.method][0] is rft.rft
+    return options.method == "rho1" or (is_rft and options.scope == "batch")
 
 
-def batch_totals(first_pass, pieces, dataset, labels, batch, options: Options, device):
-    """(what rft.py must know of a global batch, which tokens rho1 selects in each micro-batch).
+def batch_totals(first_pass, dataset, labels, batch, options: Options, device) -> rft.Totals:
+    """What rft.py must know of a global batch; every rank reads the labels of all of it.
 
-    first_pass: the (losses, labels, is_output) of this rank's micro-batches, where they are needed.
+    first_pass: the (losses, labels, is_output) of this rank's micro-batches, where needed.
     """
-    counts = dataset.output_counts[batch]
-    totals = rft.Totals(len(batch), int(counts.sum()))
-    selected = []
-    if options.method == "rewardft":
-        totals.weight = torch.zeros((), device=device)
-        for i in batch:
-            rewards = labels[dataset.output_starts[i]:dataset.output_starts[i + 1]]
-            totals.weight += rft.reward_weights(torch.from_numpy(rewards).to(device)).sum()
-    elif options.method == "rho1":
-        # each rank writes the excess losses of its tokens into their places among all
-        starts = dict(zip(batch.tolist(), np.cumsum(counts) - counts, strict=True))
-        excess = torch.zeros(totals.tokens, device=device)
-        for (losses, reference, is_output), indices in zip(first_pass, pieces, strict=True):
-            selected.append(losses.detach() - reference)                            # (B, T)
-            for b, i in enumerate(indices):
-                of_sample = selected[-1][b][is_output[b]]
-                excess[starts[i]:starts[i] + len(of_sample)] = of_sample
-        sum_over_ranks(excess)
-        threshold = rft.selection_threshold(excess, options.keep_share)
-        totals.weight = (excess >= threshold).sum()
-        selected = [piece >= threshold for piece in selected]
-    elif first_pass:
+    totals = rft.Totals(len(batch), int(dataset.output_counts[batch].sum()))
+    _, kind = METHODS[options.method]
+    by_batch = options.scope == "batch" and kind in ("shad", "regex")
+    if kind == "reward" or by_batch:
+        starts = dataset.output_starts
+        of_batch = np.concatenate([labels[starts[i]:starts[i + 1]] for i in batch])
+        of_batch = torch.from_numpy(of_batch).to(device)                            # (tokens,)
+    if kind == "reward":
+        totals.weight = rft.reward_weights(of_batch).sum()
+    if by_batch:
+        totals.n = torch.stack([(~of_batch).sum(), of_batch.sum()])
+    if by_batch and first_pass:
         totals.L = torch.zeros(2, device=device)
-        totals.n = torch.zeros(2, device=device)
         for losses, is_reasoning, is_output in first_pass:
-            L, n = group_losses(losses.detach(), is_reasoning, is_output, "sum")    # (2, B)
+            L, _ = group_losses(losses.detach(), is_reasoning, is_output, "sum")    # (2, B)
             totals.L += L.sum(-1)
-            totals.n += n.sum(-1)
-        sum_over_ranks(totals.L, totals.n)
+        sum_over_ranks(totals.L)
         if options.reduce == "mean":
             totals.L /= totals.n.clamp(min=1)
-    return totals, selected
+    return totals
+
+
+def select_tokens(first_pass, pieces, totals, dataset, batch, options: Options) -> list:
+    """Which tokens rho1 selects in each micro-batch: [(B, T) bool]; sets totals.weight to how many.
+
+    Each rank writes the excess losses of its tokens into their places among all of the batch.
+    """
+    counts = dataset.output_counts[batch]
+    starts = dict(zip(batch.tolist(), np.cumsum(counts) - counts, strict=True))
+    excess = torch.zeros(totals.tokens, device=first_pass[0][0].device)
+    of_pieces = []
+    for (losses, reference, is_output), indices in zip(first_pass, pieces, strict=True):
+        of_pieces.append(losses.detach() - reference)                               # (B, T)
+        for b, i in enumerate(indices):
+            of_sample = of_pieces[-1][b][is_output[b]]
+            excess[starts[i]:starts[i] + len(of_sample)] = of_sample
+    sum_over_ranks(excess)              # each token is filled in by one rank and 0 on the others
+    threshold = rft.selection_threshold(excess, options.keep_share)
+    totals.weight = (excess >= threshold).sum()
+    return [piece >= threshold for piece in of_pieces]
 
 
 def learning_rate(step: int, steps: int, options: Options) -> float:
@@ -212,16 +239,16 @@ def learning_rate(step: int, steps: int, options: Options) -> float:
     return options.lr * (0.1 + 0.45 * (1 + math.cos(angle)))
 
 
-def metrics_row(step: int, sums: dict, labelled: bool, lr, norm, tokens_per_s) -> dict:
-    """One line of metrics.jsonl; sums: over all ranks. Without labels the groups are unknown."""
+def metrics_row(step: int, sums: dict, grouped: bool, lr, norm, tokens_per_s) -> dict:
+    """One line of metrics.jsonl; sums: over all ranks. Without groups their figures are None."""
     L = sums["L"].tolist()
     n = sums["n"].tolist()
     w = sums["w"].tolist()
-    boilerplate, reasoning = (L[g] / n[g] if labelled and n[g] else None for g in (0, 1))
+    boilerplate, reasoning = (L[g] / n[g] if grouped and n[g] else None for g in (0, 1))
     return {"step": step, "loss": sums["loss"].item(),
             "loss_reasoning": reasoning, "loss_boilerplate": boilerplate,
-            "weight_reasoning": w[1] if labelled else None,
-            "weight_boilerplate": w[0] if labelled else None,
+            "weight_reasoning": w[1] if grouped else None,
+            "weight_boilerplate": w[0] if grouped else None,
             "lr": lr, "grad_norm": norm, "tokens_per_s": round(tokens_per_s, 1)}
 
 
@@ -261,18 +288,18 @@ def check_finite(loss, norm, step, model, dataset, batch, options) -> None:
 def train(model: Transformer, dataset: Dataset, labels, options: Options) -> list[dict]:
     """Train in place; writes metrics.jsonl, checkpoints and model into options.out.
 
-    labels: a shad.Labels, or None. Returns the metrics, one dict per step. SIGTERM ends it with a
-    checkpoint and exit code 0. Raises DataError on a loss or gradient that is not finite, naming
-    the samples, and where a checkpoint cannot be written or read.
+    labels: of the method's kind, or None; see method_labels. Returns the metrics, one dict per
+    step. SIGTERM ends it with a checkpoint and exit code 0. Raises DataError on a loss or gradient
+    that is not finite, naming the samples, and where a checkpoint cannot be written or read.
     """
     rank, _ = rank_and_world()
     batches = plan_batches(dataset, options)
     optimizer = make_optimizer(model, options)
     settings = {k: v for k, v in asdict(options).items() if k not in MAY_CHANGE}
     settings |= dataset.fingerprint
-    if labels:
-        digest = hashlib.sha256(labels.difference[:]).hexdigest()
-        settings["labels"] = f"{digest} > {labels.threshold}"
+    if labels is not None:
+        settings["labels"] = hashlib.sha256(labels[:]).hexdigest()
+    grouped = labels is not None and has_groups(labels)
     first = 0
     if options.resume:
         first = load_checkpoint(options.out, model, optimizer, settings)
@@ -305,12 +332,12 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options) -> lis
 
         # log
         tokens_per_s = float(dataset.lengths[batch].sum()) / (time.perf_counter() - start)
-        row = metrics_row(step + 1, sums, labels is not None, lr, norm, tokens_per_s)
+        row = metrics_row(step + 1, sums, grouped, lr, norm, tokens_per_s)
         metrics.append(row)
         if rank == 0:
             log.write(json.dumps(row) + "\n")
             log.flush()
-            bar.set_postfix(progress(row, labels is not None))
+            bar.set_postfix(progress(row, grouped))
 
         # save a checkpoint, and stop after it if told to
         if stop or (options.checkpoint_every and (step + 1) % options.checkpoint_every == 0):
@@ -347,10 +374,10 @@ def make_optimizer(model: Transformer, options: Options) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
 
 
-def progress(row: dict, labelled: bool) -> dict:
-    """What the progress bar shows of a step: its loss, by group where there are labels."""
+def progress(row: dict, grouped: bool) -> dict:
+    """What the progress bar shows of a step: its loss, and each group's where there are groups."""
     shown = {"loss": row["loss"]}
-    if labelled:
+    if grouped:
         shown |= {"r": row["loss_reasoning"] or 0, "b": row["loss_boilerplate"] or 0}
     return {name: f"{value:.3f}" for name, value in shown.items()}
 
@@ -368,6 +395,7 @@ def save_model(model: Transformer, tokenizer_directory: str, path: str) -> None:
 
 def main():
     options = parse_options(Options, __doc__)
+    check_labels(options)
     device = init_distributed()
     rank, _ = rank_and_world()
     options.model = resolve(options.model)
@@ -379,23 +407,9 @@ def main():
         print(dataset.describe())
     shard = partial(shard_model, device=device) if should_shard(options.shard, device) else None
 
-    # SHAD, unless there are labels; it keeps what it has done as it goes, so SIGTERM may end it
+    # SHAD keeps what it has done as it goes, so SIGTERM may end it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    if options.method != "sft" and not options.labels:
-        options.labels = os.path.join(options.out, "labels")
-        if not os.path.exists(os.path.join(options.labels, "labels.safetensors")):
-            model = Transformer.from_pretrained(options.model, device=device, shard=shard)
-            shad_options = shad.Options(
-                model=options.model, data=options.data, out=options.labels,
-                micro_tokens=options.micro_tokens, max_length=options.max_length,
-                seed=options.seed)
-            shad.run(shad_options, dataset, model)
-            del model
-            if rank == 0:
-                print(f"wrote {options.labels}/labels.safetensors and labels.html")
-    labels = shad.load_labels(options.labels, dataset) if options.labels else None
-    if labels and options.threshold is not None:
-        labels.threshold = options.threshold
+    labels = method_labels(options, dataset, device, shard)
 
     # train; from here on a checkpoint can be written
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -406,7 +420,7 @@ def main():
         compile_blocks(model)
     metrics = train(model, dataset, labels, options)
     if rank == 0:
-        print_result(metrics, labels is not None, options)
+        print_result(metrics, options)
 
 
 def finished_before(options: Options) -> bool:
@@ -425,11 +439,11 @@ def finished_before(options: Options) -> bool:
     return False
 
 
-def print_result(metrics: list[dict], labelled: bool, options: Options) -> None:
+def print_result(metrics: list[dict], options: Options) -> None:
     """What was made, and what to do next."""
     last = metrics[-1]
     groups = ""
-    if labelled:
+    if None not in (last["loss_reasoning"], last["loss_boilerplate"]):
         groups = (f" (reasoning {last['loss_reasoning']:.3f}, "
                   f"boilerplate {last['loss_boilerplate']:.3f})")
     root = os.path.join(options.out, "checkpoints")

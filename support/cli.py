@@ -1,5 +1,6 @@
 """What the scripts share: options from a dataclass, and one clear sentence for bad input."""
 import argparse
+import math
 import os
 import sys
 from dataclasses import field, fields
@@ -9,9 +10,9 @@ class DataError(ValueError):
     """Input that cannot be used as it is; the message names the file, the record and the remedy."""
 
 
-def option(default, help: str, low=0, **argparse_arguments):
-    """A dataclass field that is also a command-line flag; a number must be at least `low`."""
-    metadata = {"help": help, "low": low, **argparse_arguments}
+def option(default, help: str, low=0, high=math.inf, **argparse_arguments):
+    """A dataclass field that is also a command-line flag; a number lies within low and high."""
+    metadata = {"help": help, "low": low, "high": high, **argparse_arguments}
     return field(default_factory=lambda: default, metadata=metadata)
 
 
@@ -24,10 +25,12 @@ def parse_options(cls, description: str, argv=None):
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     lowest = {}
+    highest = {}
     for f in fields(cls):
         default = f.default_factory()
         arguments = dict(f.metadata)
         lowest[f.name] = arguments.pop("low")
+        highest[f.name] = arguments.pop("high")
         text = arguments.pop("help")
         if default is not None and default is not False and default not in ("", []):
             text += f" (default: {default})"
@@ -42,9 +45,13 @@ def parse_options(cls, description: str, argv=None):
         parser.add_argument(name, default=default, help=text.replace("%", "%%"), **arguments)
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
-        if isinstance(value, (int, float)) and not value >= lowest[name]:      # NaN is not, either
-            flag = "--" + name.replace("_", "-")
+        if not isinstance(value, (int, float)):
+            continue
+        flag = "--" + name.replace("_", "-")
+        if not value >= lowest[name]:                                           # NaN is not, either
             parser.error(f"{flag} must be at least {lowest[name]}, not {value}")
+        if value > highest[name]:
+            parser.error(f"{flag} must be at most {highest[name]}, not {value}")
     return cls(**values)
 
 

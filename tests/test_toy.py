@@ -31,8 +31,8 @@ def test_toy_is_deterministic_and_its_parts_are_its_text(held_out):
 
 def test_held_out_words_are_never_held_in():
     for pool in task.POOLS.values():
-        inside = task._split(pool, held_out=False)
-        outside = task._split(pool, held_out=True)
+        inside = task.split_pool(pool, held_out=False)
+        outside = task.split_pool(pool, held_out=True)
         assert not set(inside) & set(outside)
         assert set(inside) | set(outside) == set(pool)
         assert len(pool) == len(set(pool))
