@@ -125,13 +125,14 @@ def alpha(losses, is_reasoning, is_output, totals, options):
 
 
 def fixed_weights(n, alpha=0.6):
-    """(1 - alpha, alpha), (2, ...) float32: SHAD + alpha's weights, whatever the losses are.
+    """(1 - alpha, alpha), (2, ...) float32: the weights of SHAD + alpha, whatever the losses are.
 
     n: (2, ...) token counts. A group with no token has weight 0 and the other 1.
     """
     w = torch.stack([torch.full_like(n[0], 1 - alpha, dtype=torch.float32),
-                     torch.full_like(n[1], alpha, dtype=torch.float32)]) * (n > 0)  # (2, ...)
-    return w / w.sum(0).clamp(min=1e-30)
+                     torch.full_like(n[1], alpha, dtype=torch.float32)])            # (2, ...)
+    w = w.masked_fill(n.flip(0) == 0, 1.0)      # alone
+    return w.masked_fill(n == 0, 0.0)
 
 
 def batch_shares(losses, is_reasoning, is_output, totals, options):

@@ -412,7 +412,7 @@ def open_work_dir(path: str, dataset: Dataset, options: Options) -> None:
 
     Raises DataError where the settings differ.
     """
-    may_change = ("out", "export", "data", "threshold", "shard")      # data is compared by its content
+    may_change = ("out", "export", "data", "threshold", "shard")    # of data the content counts
     settings = {k: value for k, value in asdict(options).items() if k not in may_change}
     settings |= dataset.fingerprint
     file = os.path.join(path, "settings.json")

@@ -31,7 +31,7 @@ def export_labels(path: str, dataset, labels) -> None:
                 "input_ids": dataset.ids[i].tolist(),
                 "output_mask": is_output.astype(int).tolist(),
                 "is_reasoning": is_reasoning.tolist(),
-                "loss_difference": labels.difference[here].round(4).astype(float).tolist(),
+                "loss_difference": labels.difference[here].astype(float).round(6).tolist(),
                 "outputs": output_spans(dataset, i, labels[here])}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
