@@ -131,7 +131,7 @@ def fixed_weights(n, alpha=0.6):
     """
     w = torch.stack([torch.full_like(n[0], 1 - alpha, dtype=torch.float32),
                      torch.full_like(n[1], alpha, dtype=torch.float32)])            # (2, ...)
-    w = w.masked_fill(n.flip(0) == 0, 1.0)      # alone
+    w = w.masked_fill(n.flip(0) == 0, 1.0)      # the other group has no token
     return w.masked_fill(n == 0, 0.0)
 
 

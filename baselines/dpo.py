@@ -33,10 +33,8 @@ from train import save_model
 
 @dataclass
 class Options:
-    model: str = option("", "the reference, which is tuned: a Hugging Face directory or hub id",
-                        required=True)
-    data: str = option("", "pairs, JSON or JSON Lines; a slice may follow: pairs.jsonl[:300]",
-                       required=True)
+    model: str = option("", "reference, to be tuned: a directory or hub id", required=True)
+    data: str = option("", "pairs, JSON or JSON Lines; a slice: pairs.jsonl[:300]", required=True)
     out: str = option("", "directory for model/", required=True)
     beta: float = option(0.1, "how far the model may move from the reference; smaller is farther")
     epochs: int = option(1, "epochs over the pairs", low=1)
@@ -97,9 +95,8 @@ def train_dpo(model: Transformer, dataset: Dataset, options: Options) -> list:
 
     Returns (loss, share of the pairs whose chosen answer is ahead) of each step's batch.
     """
-    # the pairs of which both samples are there: one that was dropped has length 0
     lengths = dataset.lengths.reshape(-1, 2)                                        # (pairs, 2)
-    kept = np.flatnonzero(lengths.min(1))
+    kept = np.flatnonzero(lengths.min(1))               # a sample that was dropped has length 0
     if not len(kept):
         raise DataError(f"no pair has both samples within {options.max_length} tokens; "
                         "raise --max-length.")
@@ -108,8 +105,7 @@ def train_dpo(model: Transformer, dataset: Dataset, options: Options) -> list:
     # log pi_ref of every answer, before the reference is tuned
     losses = token_losses(model, dataset, options.micro_tokens, "losses of the reference")
     sums = np.concatenate([[0], losses.cumsum(dtype=np.float64)])[dataset.output_starts]
-    reference = torch.from_numpy(-np.diff(sums)).float().view(-1, 2)                # (pairs, 2)
-    reference = reference.to(model.head.device)
+    reference = torch.from_numpy(-np.diff(sums)).to(model.head.device, torch.float32).view(-1, 2)
 
     batches = []
     for epoch in range(options.epochs):
@@ -145,9 +141,8 @@ def main():
     means = train_dpo(model, dataset, options)
     save_model(model, path, os.path.join(options.out, "model"))
     if distributed.rank_and_world()[0] == 0:
-        loss, ahead = means[-1]
-        print(f"\ndpo: {len(means)} steps, loss {means[0][0]:.3f} -> {loss:.3f}, the chosen answer "
-              f"ahead in {ahead:.0%} of the last batch\nwrote {options.out}/model. Next:\n"
+        print(f"\ndpo: {len(means)} steps; of the last batch loss {means[-1][0]:.3f}, the chosen "
+              f"answer ahead in {means[-1][1]:.0%} of the pairs\nwrote {options.out}/model. Next:\n"
               f"  python -m baselines.reference --model {options.model} "
               f"--minus {options.out}/model --data TRAIN.json --out REWARDS")
 

@@ -1,5 +1,6 @@
 """Where the labels of each method of train.py come from; options: train.py's."""
 import os
+import shlex
 
 import shad
 from baselines.regex_labels import regex_labels
@@ -17,7 +18,7 @@ def check_labels(options) -> None:
         model = "TUNED_MODEL" if kind == "reference" else options.model
         raise DataError(f"--method {options.method} needs --labels DIR, which is made by: "
                         f"python -m baselines.reference --model {model}{minus} "
-                        f"--data {' '.join(options.data)} --out DIR")
+                        f"--data {shlex.join(options.data)} --out DIR")
     if kind == "regex" and options.labels:
         raise DataError(f"--method {options.method} makes its labels itself; leave out --labels.")
 

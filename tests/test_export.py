@@ -17,19 +17,18 @@ from test_methods import batch_loss
 from tiny import apigen, make_checkpoint, read_lines, talk, write
 
 
-def rebuilt_labels(record, dataset, i):
-    """The label of each output token of a record, by the spans that its first visible character
-    lies in, and False for the ends of turns."""
+def rebuilt_labels(record, dataset):
+    """The labels of the tokens of a record's only output, by the span in which each begins."""
+    [output] = record["outputs"]
+    spans = output["spans"]
+    assert "".join(output["text"][start:end] for start, end, _ in spans) == output["text"]
+    for span, following in zip(spans, spans[1:], strict=False):
+        assert span[2] != following[2]
     labels = []
-    for output in record["outputs"]:
-        text = output["text"]
-        assert "".join(text[start:end] for start, end, _ in output["spans"]) == text
-        assert all(a[2] != b[2] for a, b in zip(output["spans"], output["spans"][1:], strict=False))
-        encoding = dataset.renderer.tokenizer.encode(text, add_special_tokens=False)
-        for start, _ in encoding.offsets:
-            [label] = [name for first, end, name in output["spans"] if first <= start < end]
-            labels.append(label == "reasoning")
-        labels.append(False)
+    encoding = dataset.renderer.tokenizer.encode(output["text"], add_special_tokens=False)
+    for start, _ in encoding.offsets:
+        [label] = [name for first, end, name in spans if first <= start < end]
+        labels.append(label == "reasoning")
     return labels
 
 
@@ -39,7 +38,7 @@ def test_the_exported_file_holds_every_token_its_label_and_the_spans(request, tm
     samples = [talk(("user", "What?"), ("assistant", "Oslo, Bern\n and  Lima"), ("user", "more"),
                     ("assistant", "é 北京 ok"), id="a"),
                talk(("user", "word " * 300), ("assistant", "dropped"), id="b"),
-               talk(("user", "?"), ("assistant", "no"), id="c")]
+               talk(("user", "?"), ("assistant", "Oslo, in two  days\n ok"), id="c")]
     dataset = Dataset(samples, Renderer(directory), max_length=200)
     generator = np.random.default_rng(0)
     difference = generator.normal(size=dataset.output_starts[-1]).astype(np.float32)
@@ -59,10 +58,9 @@ def test_the_exported_file_holds_every_token_its_label_and_the_spans(request, tm
         for output in record["outputs"]:
             assert output["text"] == samples[i].messages[output["message"]].text
     assert [output["message"] for output in records[0]["outputs"]] == [1, 3]
-    if template == "chatml":                # one token per character at most: spans are exact
-        ascii_only = records[1]
-        expected = labels[dataset.output_starts[2]:dataset.output_starts[3] - 1]
-        assert rebuilt_labels(ascii_only, dataset, 2)[:-1] == expected.tolist()
+    # in ASCII no two tokens share a character, so the spans say all that the labels do
+    expected = labels[dataset.output_starts[2]:dataset.output_starts[3]]
+    assert rebuilt_labels(records[1], dataset) == expected[:-1].tolist()
 
 
 def test_labels_are_exported_as_they_are_made_and_again_without_a_model(tmp_path):
