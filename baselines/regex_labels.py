@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from data import Dataset
 from support.distributed import rank_and_world
-from support.readers import Sample
-from support.templates import TOKEN_ROLES
+from support.templates import TOKEN_ROLES, token_roles
 
 # JSON: brackets, separators and quotes are format, and so are the fixed keys of a call; what stands
 # between two quotes is not, which the group leaves out.
@@ -60,16 +59,15 @@ def regex_labels(dataset: Dataset) -> np.ndarray:
     """
     is_reasoning = np.zeros(dataset.output_starts[-1], bool)
     rank, _ = rank_and_world()
-    bar = tqdm(dataset.kept, "regular expressions", unit="sample", disable=rank > 0, delay=1)
-    for i in bar:
-        messages = []
+    for i in tqdm(dataset.kept, "regular expressions", unit="sample", disable=rank > 0, delay=1):
+        labels = []
         for message in dataset.samples[i].messages:
             if message.is_output:
+                encoding = dataset.renderer.tokenizer.encode(
+                    message.text, add_special_tokens=False)
                 message = replace(message, role_spans=format_spans(message.text))
-            messages.append(message)
-        [encodings] = dataset.renderer.encode_texts([Sample("", messages)])
-        _, roles = dataset.renderer.render(messages, encodings)
-        roles = np.array(roles)
-        first, end = dataset.output_starts[i:i + 2]
-        is_reasoning[first:end] = roles[roles > 0] == TOKEN_ROLES.index("reasoning")
+                roles = token_roles(message, encoding.offsets)
+                labels += [TOKEN_ROLES[role] == "reasoning" for role in roles]
+                labels.append(False)                    # the end of the turn
+        is_reasoning[dataset.output_starts[i]:dataset.output_starts[i + 1]] = labels
     return is_reasoning
