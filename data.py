@@ -6,7 +6,10 @@
 
 A sample is a conversation. Its input is everything but the assistant's turns; its output is the
 assistant's turns, each with the end-of-turn token that the model must emit. Only output tokens
-carry loss.
+carry loss. To see what is trained on:
+
+    python data.py --model DIR_OR_HUB_ID --data train.json      # samples with their output marked
+    python data.py --model DIR_OR_HUB_ID --data train.json --json     # all ids, one line per sample
 """
 import contextlib
 import hashlib
@@ -15,14 +18,18 @@ import itertools
 import json
 import os
 import shutil
+import sys
+from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from support.cli import DataError
+from model import CheckpointError, resolve
+from support.cli import DataError, option, parse_options, run_script
 from support.readers import Message, Sample, split_slice, stream_samples
 from support.readers import read_samples as read_samples  # data.read_samples is public
-from support.templates import TOKEN_ROLES, Renderer
+from support.templates import TOKEN_ROLES, Renderer, highlighted
 
 
 class RaggedArray:
@@ -50,13 +57,17 @@ class RaggedArray:
 
 
 def pack(sample: Sample) -> bytes:
-    messages = [(m.role, m.text, m.role_spans, m.scored) for m in sample.messages]
-    return json.dumps([sample.id, messages]).encode()
+    messages = []
+    for m in sample.messages:
+        turn = [] if m.turn is None else [m.turn]
+        messages.append([m.role, m.text, m.role_spans, m.scored, *turn])
+    tools = [] if sample.tools is None else [sample.tools]
+    return json.dumps([sample.id, messages, *tools]).encode()
 
 
 def unpack(text: np.ndarray) -> Sample:
-    name, messages = json.loads(text.tobytes())
-    return Sample(name, [Message(*m) for m in messages])
+    name, messages, *tools = json.loads(text.tobytes())
+    return Sample(name, [Message(*m) for m in messages], *tools)
 
 
 # the files of a dataset; `index` holds where each sample's tokens, output tokens and text begin
@@ -86,14 +97,19 @@ class Dataset:
         """Render samples one after the other into binary streams; returns what goes with them."""
         digest = hashlib.sha256()
         dropped = 0
+        notes = Counter()
         ends = np.zeros(3, np.int64)                # of tokens, of output tokens, of texts
         streams["index"].write(ends.tobytes())
         samples = iter(samples)
         while group := list(itertools.islice(samples, 256)):
-            for sample, encodings in zip(group, renderer.encode_texts(group), strict=True):
+            rendered = renderer.render_batch(group)
+            for sample, (ids, roles, sample_notes) in zip(group, rendered, strict=True):
                 scored_texts = [(m.role, m.text, m.scored) for m in sample.messages]
                 digest.update(json.dumps(scored_texts).encode())
-                ids, roles = renderer.render(sample.messages, encodings)
+                native = [m.turn for m in sample.messages if m.turn is not None]
+                if native or sample.tools is not None:
+                    digest.update(json.dumps([native, sample.tools]).encode())
+                notes.update(sample_notes)
                 if len(ids) > max_length:
                     ids = roles = []
                     dropped += 1
@@ -105,13 +121,14 @@ class Dataset:
                 streams["index"].write(ends)
         fingerprint = {"data": digest.hexdigest(), "tokenizer": renderer.fingerprint,
                        "template": renderer.template}
-        return {"dropped": dropped, "fingerprint": fingerprint}
+        return {"dropped": dropped, "notes": notes, "fingerprint": fingerprint}
 
     def _attach(self, arrays, info, renderer, max_length):
         starts, self.output_starts, text_starts = arrays["index"].reshape(-1, 3).T
         self.renderer = renderer
         self.max_length = max_length
         self.dropped = info["dropped"]
+        self.notes = info["notes"]                  # {what is odd about some samples: how many}
         self.fingerprint = info["fingerprint"]
         self.roles = arrays["roles"]                # indices into TOKEN_ROLES, of all tokens
         self.ids = RaggedArray(arrays["tokens"], starts)
@@ -125,15 +142,15 @@ class Dataset:
                             "raise --max-length.")
 
     @classmethod
-    def load(cls, paths: list[str], model_directory: str, template: str, max_length: int):
+    def load(cls, paths, model_directory, template, max_length: int, native_calls=False):
         """All samples of some files, rendered with the tokenizer of a checkpoint.
 
         They are rendered once, into files under ~/.cache/shad-rft (or $XDG_CACHE_HOME), and found
         there again as long as data files, tokenizer, template and max_length are the same. Several
         processes may call this at once: one works, the others wait.
         """
-        renderer = Renderer(model_directory, template)
-        streams = (stream_samples(path, progress=True) for path in paths)
+        renderer = Renderer(model_directory, template, native_calls)
+        streams = (stream_samples(path, True, native_calls) for path in paths)
         samples = itertools.chain.from_iterable(streams)
         files = [split_slice(path)[0] for path in paths]
         if not all(os.path.isfile(file) for file in files):
@@ -186,6 +203,8 @@ class Dataset:
                 f"template {self.renderer.template}")
         if self.dropped:
             text += f"; {self.dropped:,} longer than {self.max_length} tokens dropped"
+        for note, count in self.notes.items():
+            text += f"\n  in {count:,} of them {note}"
         return text
 
 
@@ -195,7 +214,7 @@ def cache_directory(paths, files, renderer, max_length) -> str:
     for path, file in zip(paths, files, strict=True):
         state = os.stat(file)
         states.append((os.path.abspath(path), state.st_size, state.st_mtime_ns))
-    key = json.dumps([2, states, renderer.fingerprint, renderer.template, renderer.bos,
+    key = json.dumps([3, states, renderer.fingerprint, renderer.template, renderer.bos,
                       renderer.vocab_size, renderer.end, max_length])
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     root = os.path.join(cache, "shad-rft")
@@ -294,3 +313,46 @@ def collate(dataset: Dataset, indices, labels=None, device="cpu"):
             placed[b, :n][is_output] = labels[here]
     return tuple(torch.from_numpy(x).to(device, non_blocking=True)
                  for x in (tokens, targets, placed))
+
+
+# --------------------------------------------------------------------------------------------------
+# The script: show what is trained on
+
+@dataclass
+class Options:
+    model: str = option("", "a Hugging Face directory or hub id, for its tokenizer", required=True)
+    data: list = option([], "data files; a slice may follow: train.json[:300]", required=True)
+    show: int = option(3, "samples to print")
+    json: bool = option(False, "print one line per sample instead: id, token ids, and which of "
+                               "them are output")
+    template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
+                                   "tokenizer has its tokens, else plain",
+                           choices=["auto", "chatml", "plain"])
+    native_calls: bool = option(False, "send APIGen's and ShareGPT's calls through the "
+                                       "checkpoint's own chat template, as tool calls; "
+                                       "else they are text")
+    max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
+
+
+def main():
+    options = parse_options(Options, __doc__)
+    dataset = Dataset.load(options.data, resolve(options.model), options.template,
+                           options.max_length, options.native_calls)
+    if options.json:
+        for i in dataset.kept:
+            row = {"id": dataset.samples[i].id, "ids": dataset.ids[i].tolist(),
+                   "output": dataset.is_output[i].tolist()}
+            print(json.dumps(row))
+        return
+    lengths = dataset.lengths[dataset.kept]
+    print(dataset.describe())
+    print(f"tokens per sample: {lengths.min()} to {lengths.max()}, median {np.median(lengths):.0f}")
+    for i in dataset.kept[:options.show]:
+        sample = dataset.samples[i]
+        print(f"\n--- {ascii(sample.id)[1:-1]}: {dataset.lengths[i]} tokens, "
+              f"{dataset.output_counts[i]} of them output")
+        print(highlighted(dataset.renderer, sample, colour=sys.stdout.isatty()))
+
+
+if __name__ == "__main__":
+    run_script(main, CheckpointError)

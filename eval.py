@@ -34,6 +34,7 @@ from model import CheckpointError, Transformer, checkpoint_files, resolve
 from shad import load_labels, token_losses
 from support.cli import DataError, option, parse_options, run_script
 from support.distributed import barrier, init_distributed, mixed_precision, rank_and_world
+from support.embed import sentence_encoder
 from support.files import replacing, write_json
 from support.generate import generate_stream
 from support.readers import toy_samples
@@ -60,17 +61,28 @@ class Options:
     labels: str = option(None, "labels of shad.py for the same data (loss)")
     count: int = option(200, "toy samples of each kind, held-in and held-out", low=1)
     micro_tokens: int = option(4096, "tokens per forward, padding included (loss)", low=1)
-    template: str = option("auto", "chat template", choices=["auto", "chatml", "plain"])
+    template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
+                                   "tokenizer has its tokens, else plain; raw: the text as it is",
+                           choices=["auto", "chatml", "plain", "raw"])
     seed: int = option(1, "seed of the toy samples; train.py's are made with others")
+    # T-Eval and Nexus
+    language: str = option("en", "language of T-Eval's files", choices=["en", "zh"])
+    embed: str = option(None, "sentence model for T-Eval (a Hugging Face directory of the BERT or "
+                              "MPNet family); without one, a plain lexical comparison")
+    prompt: str = option("tools", "how Nexus asks: tools (the prompt of the training data), or "
+                                  "raven, NexusRaven's own, with --template raw",
+                         choices=["tools", "raven"])
     # StableToolBench: where calls are answered (one of three; without any, none is), and who judges
     server: str = option(None, "address of its server of APIs (key: $TOOLBENCH_KEY)")
     cache: str = option(None, "folder of its cached responses, instead of a server")
     recorded: str = option(None, "file of recorded responses, instead of a server")
-    max_steps: int = option(12, "turns of the agent before it is stopped", low=1)
+    timeout: float = option(120.0, "seconds for one request to the server or the judge", low=0.1)
+    max_steps: int = option(17, "turns of the agent before it is stopped", low=1)
     judge_url: str = option(None, "OpenAI-compatible endpoint of the judge, up to /v1 "
                                   "(key: $OPENAI_API_KEY); without one, no pass rate")
     judge_model: str = option(None, "name of the judge's model")
-    against: str = option(None, "traces of another model, for the win rate")
+    judge_times: int = option(1, "times that the judge is asked; above 1: mean and spread", low=1)
+    against: str = option(None, "OUT or traces of another model's run, for the win rate")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,16 +135,15 @@ def make_responder(model: Transformer, renderer: Renderer, max_new_tokens: int, 
             yield i, None
         with mixed_precision(model.head.device):
             outputs = generate_stream(model, [prompts[i] for i in asked], max_new_tokens,
-                                      {renderer.end}, cache_tokens=cache_tokens)
+                                      renderer.stop_ids, cache_tokens=cache_tokens)
             for n, ids in outputs:
                 yield asked[n], renderer.tokenizer.decode(ids, skip_special_tokens=False)
 
     return respond
 
 
-def single_turn(items: list[Item], respond, options=None):
+def single_turn(items: list[Item], respond):
     """Yield (item, output) as each is finished: how most benchmarks are asked."""
-    # by length, so that ranks that share the items each get a fair share of the long ones
     for i, text in respond([item.messages for item in items]):
         yield items[i], text
 
@@ -205,6 +216,14 @@ def open_log(path: str, settings: dict):
 # --------------------------------------------------------------------------------------------------
 # A benchmark, from its items to its figures
 
+def load_items(bench, options: Options) -> list[Item]:
+    """All items of a benchmark."""
+    if bench is toy:
+        return toy.items(options.count, options.seed)
+    own = {"teval": {"language": options.language}, "nexus": {"prompt": options.prompt}}
+    return bench.items(options.data[0], **own.get(options.bench, {}))
+
+
 def select_items(items: list[Item], options: Options) -> list[Item]:
     """The items that --categories and --limit leave."""
     known = list(dict.fromkeys(item.category for item in items))
@@ -218,15 +237,17 @@ def select_items(items: list[Item], options: Options) -> list[Item]:
         selected += of_category[:options.limit or None]
     if not selected:
         raise DataError(f"{' '.join(options.data)} holds no items of {options.bench}; "
-                        "see the README for the folder's layout.")
+                        "see benchmarks/README.md for the folder's layout.")
     return selected
 
 
 def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
     """(summary, verdicts) of a checkpoint, or of predictions made elsewhere, on a benchmark."""
     bench = importlib.import_module(f"benchmarks.{options.bench}")
+    if hasattr(bench, "check_options"):
+        bench.check_options(options)
     is_toy = bench is toy
-    all_items = toy.items(options.count, options.seed) if is_toy else bench.items(options.data[0])
+    all_items = load_items(bench, options)
     items = select_items(all_items, options)
     texts = []
     for item in all_items:
@@ -240,7 +261,11 @@ def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
     # the outputs: made elsewhere, or generated now
     if options.predictions:
         outputs = getattr(bench, "read_predictions", read_predictions)(options.predictions)
-        summary["not_asked"] = len(outputs.keys() - {item.id for item in items})
+        asked = {item.id for item in items}
+        summary["not_asked"] = len(outputs.keys() - asked)
+        if outputs and not outputs.keys() & {item.id for item in all_items}:
+            raise DataError(f"{options.predictions} matches no item: its ids are like "
+                            f"{next(iter(outputs))!r}, the benchmark's like {items[0].id!r}.")
     else:
         path = resolve(options.model)
         model = Transformer.from_pretrained(path, device=device)
@@ -267,7 +292,10 @@ def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
     if hasattr(bench, "judge_outputs"):
         verdicts = bench.judge_outputs(items, outputs, options)
     else:
-        verdicts = judge_outputs(bench, items, outputs)
+        judge_options = {}
+        if options.bench == "teval" and options.embed:
+            judge_options["embed"] = sentence_encoder(options.embed, device)
+        verdicts = judge_outputs(bench, items, outputs, **judge_options)
     summary |= count_verdicts(verdicts)
     if not getattr(bench, "HAS_ACCURACY", True):
         del summary["categories"]
@@ -305,7 +333,8 @@ def evaluate_toy(model: Transformer, renderer: Renderer, count: int, seed: int,
     outputs = {}
     silent = rank_and_world()[0] > 0
     answers = single_turn(by_length(items), respond)
-    for item, text in tqdm(answers, "generate", len(items), unit="item", disable=silent):
+    bar = tqdm(answers, "generate", len(items), unit="item", leave=None, disable=silent)
+    for item, text in bar:
         outputs[item.id] = text
     verdicts = judge_outputs(toy, items, outputs)
     summary = count_verdicts(verdicts) | toy.summary(verdicts)

@@ -73,7 +73,12 @@ class Options:
     threshold: float = option(0.0, "loss difference above which a token is reasoning, in nats; "
                                    "kept with the labels", low=float("-inf"))
     max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
-    template: str = option("auto", "chat template", choices=["auto", "chatml", "plain"])
+    template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
+                                   "tokenizer has its tokens, else plain",
+                           choices=["auto", "chatml", "plain"])
+    native_calls: bool = option(False, "send APIGen's and ShareGPT's calls through the "
+                                       "checkpoint's own chat template, as tool calls; "
+                                       "else they are text")
     shard: str = option("auto", "split the model over the ranks (FSDP2); auto: with several GPUs",
                         choices=["auto", "yes", "no"])
     seed: int = option(0, "seed of the shuffle and of the batch order")
@@ -150,7 +155,7 @@ def token_losses(model, dataset: Dataset, micro_tokens: int, title: str, directo
     total = int(dataset.lengths.sum())
     left = sum(int(dataset.lengths[parts[p]].sum()) for p in todo)
     bar = tqdm(desc=title, total=total, initial=total - left, unit="token", unit_scale=True,
-               disable=rank > 0)
+               leave=None, disable=rank > 0)
     for first in range(0, len(todo), world):
         # One part per rank at a time. Ranks that share a model must make the same number of
         # forwards, so each knows the plans of all and fills up with empty micro-batches.
@@ -442,7 +447,8 @@ def main():
         raise DataError(f"{options.out}/labels.safetensors is there already; "
                         "choose another --out, or remove it.")
     barrier()                                       # every rank has looked
-    dataset = Dataset.load(options.data, options.model, options.template, options.max_length)
+    dataset = Dataset.load(options.data, options.model, options.template, options.max_length,
+                           options.native_calls)
     if rank == 0:
         print(dataset.describe())
     if not labelled:
@@ -454,10 +460,11 @@ def main():
         print(f"\nwrote {options.export}, one line per sample: {len(dataset.kept):,}")
     if rank == 0 and not labelled:
         data = " ".join(shlex.quote(path) for path in options.data)
+        native = "--native-calls " if options.native_calls else ""
         print(f"\nwrote {options.out}/labels.safetensors, summary.json and labels.html "
               "(open it in a browser). Next:\n"
               f"  python train.py --model {options.model} --data {data} "
-              f"--max-length {options.max_length} --template {options.template} "
+              f"--max-length {options.max_length} --template {options.template} {native}"
               f"--method rft --labels {options.out} --out OUT")
 
 

@@ -40,6 +40,7 @@ class Options:
     micro_tokens: int = option(4096, "tokens per forward on one rank, padding included", low=1)
     max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
     template: str = option("auto", "chat template", choices=["auto", "chatml", "plain"])
+    native_calls: bool = option(False, "as train.py is to be given it")
     shard: str = option("auto", "split the model over the ranks (FSDP2); auto: with several GPUs",
                         choices=["auto", "yes", "no"])
 
@@ -53,11 +54,14 @@ def main():
         raise DataError(f"{options.out}/labels.safetensors is there already; "
                         "choose another --out, or remove it.")
     barrier()                                       # every rank has looked
-    dataset = Dataset.load(options.data, paths[0], options.template, options.max_length)
-    other = Dataset.load(options.data, paths[-1], options.template, options.max_length)
-    if other.fingerprint != dataset.fingerprint:
-        raise DataError(f"{options.model} and {options.minus} have different tokenizers, so their "
-                        "losses cannot be compared token by token.")
+    datasets = []
+    for path in paths:
+        datasets.append(Dataset.load(options.data, path, options.template, options.max_length,
+                                     options.native_calls))
+    dataset = datasets[0]
+    if datasets[-1].fingerprint != dataset.fingerprint:
+        raise DataError(f"{options.model} and {options.minus} have different tokenizers or chat "
+                        "templates, so their losses cannot be compared token by token.")
     if rank == 0:
         print(dataset.describe())
 
@@ -77,13 +81,14 @@ def main():
         save_labels(options.out, losses[0] - losses[1], dataset, made_from, "reward")
     else:
         save_labels(options.out, losses[0], dataset, made_from, "reference")
-    data = " ".join(shlex.quote(path) for path in options.data)
+    native = "--native-calls " if options.native_calls else ""
     what = "reward" if options.minus else "loss"
     method = "rewardft" if options.minus else "rho1"
     mean = (losses[0] - losses[-1] if options.minus else losses[0]).mean()
     print(f"\nwrote {options.out}/labels.safetensors (mean {what} {mean:.3f} nats). Next:\n"
-          f"  python train.py --model BASE --data {data} --max-length {options.max_length} "
-          f"--template {options.template} --method {method} --labels {options.out} --out OUT")
+          f"  python train.py --model BASE --data {shlex.join(options.data)} "
+          f"--max-length {options.max_length} --template {options.template} {native}"
+          f"--method {method} --labels {options.out} --out OUT")
 
 
 if __name__ == "__main__":

@@ -5,24 +5,27 @@
 Unlike SHAD's they come from somebody's knowledge of the formats, and know nothing of wording that
 every sample repeats. The paper does not print its expressions; these are this project's.
 """
+import itertools
 import re
-from dataclasses import replace
 
 import numpy as np
 from tqdm import tqdm
 
 from data import Dataset
 from support.distributed import rank_and_world
+from support.readers import Message
 from support.templates import TOKEN_ROLES, token_roles
 
 # JSON: brackets, separators and quotes are format, and so are the fixed keys of a call; what stands
 # between two quotes is not, which the group leaves out.
-JSON = r'"(?:name|arguments)"(?=\s*:)|[\[\]{}:,\s]+|"((?:[^"\\]|\\.)*)"'
+JSON = r'"(?:name|arguments|parameters)"(?=\s*:)|[\[\]{}:,\s]+|"((?:[^"\\]|\\.)*)"'
 
 # (which part of an output text, the group if there is one; what is format there, less its group)
 TABLE = {
-    # APIGen, messages with tool calls, ShareGPT's function calls: the JSON that ends a text
-    "calls": (r'(?:\[\s*)?\{\s*"name"\s*:.*\}(?:\s*\])?\s*\Z', JSON),
+    # APIGen, messages with tool calls, ShareGPT's function calls: the JSON that ends a text ...
+    "calls": (r'(?:\[\s*)?\{\s*"name"\s*:.*\}(?:\s*\])?\s*(?:</tool_call>\s*)?\Z', JSON),
+    # ... and what chat templates write around it
+    "marks of calls": (r"\A.*\Z", r"\s*</?tool_call>\s*|\[TOOL_CALLS\]|<\|python_tag\|>"),
     # ToolBench and the toy: the words that begin a line, and the JSON of the arguments
     "Thought / Action": (r"\A.*\Z", r"(?m)^(?:Thought|Action Input|Action):[ \t]*|\n(?=Action)"),
     "Action Input": (r"^Action Input:(.*)", JSON),
@@ -61,13 +64,13 @@ def regex_labels(dataset: Dataset) -> np.ndarray:
     rank, _ = rank_and_world()
     for i in tqdm(dataset.kept, "regular expressions", unit="sample", disable=rank > 0, delay=1):
         labels = []
-        for message in dataset.samples[i].messages:
-            if message.is_output:
-                encoding = dataset.renderer.tokenizer.encode(
-                    message.text, add_special_tokens=False)
-                message = replace(message, role_spans=format_spans(message.text))
-                roles = token_roles(message, encoding.offsets)
-                labels += [TOKEN_ROLES[role] == "reasoning" for role in roles]
-                labels.append(False)                    # the end of the turn
+        for turn in filter(None, dataset.renderer.output_pieces(dataset.samples[i])):
+            *said, _ = turn
+            text = "".join(said)
+            ends = list(itertools.accumulate(map(len, said)))
+            message = Message("assistant", text, format_spans(text))
+            roles = token_roles(message, zip([0, *ends], ends, strict=False))
+            labels += [TOKEN_ROLES[role] == "reasoning" for role in roles]
+            labels.append(False)                        # the end of the turn
         is_reasoning[dataset.output_starts[i]:dataset.output_starts[i + 1]] = labels
     return is_reasoning

@@ -14,19 +14,36 @@ from support.cli import DataError
 from support.readers import TOOL_PROMPT, Message, read_object, read_records
 
 MAX_NEW_TOKENS = 512
+MAX_CHARACTERS = 10_000         # of a call; the longest reference has 210
 SETS = ("cve_cpe", "virustotal", "emailrep", "toolalpaca", "toolllm")
 WITH_FUNCTIONS = {"toolalpaca", "toolllm"}      # sets whose records bring their own functions
 
-# a function of ToolAlpaca's docstrings: its signature, and its description in quotes
-TOOLALPACA_FUNCTION = re.compile(
-    "<func_start>(.*?)<func_end>.*?<docstring_start>(.*?)<docstring_end>", re.DOTALL)
+# What the model NexusRaven was trained on, to the letter: each function as an option, then the
+# question. It is to be rendered without a chat template.
+RAVEN_OPTION = """
+OPTION:
+<func_start>def {signature}<func_end>
+<docstring_start>
+\"""
+{docstring}
+\"""
+<docstring_end>
+"""
+RAVEN_PROMPT = """
+<human>:
+{options}
+User Query: Question: {query}
+
+Please pick a function from the above options that best answers the user query and fill in the \
+appropriate arguments.<human_end>"""
 
 
-def items(folder: str) -> list[Item]:
+def items(folder: str, prompt: str = "tools") -> list[Item]:
     """The items of a folder's SET_queries.json files, each with the functions to choose from.
 
     The functions of a set are in function_specs.json; ToolAlpaca's and ToolLLM's are in each
-    record. An item's id is SET_INDEX, in file order.
+    record. An item's id is SET_INDEX, in file order. prompt: "tools", which asks for a JSON list
+    of calls as the training data do, or "raven", NexusRaven's own.
     """
     paths = {name: os.path.join(folder, f"{name}_queries.json") for name in SETS}
     paths = {name: path for name, path in paths.items() if os.path.isfile(path)}
@@ -37,14 +54,13 @@ def items(folder: str) -> list[Item]:
     specs = {}
     if paths.keys() - WITH_FUNCTIONS:
         specs = read_object(os.path.join(folder, "function_specs.json"))
+    make_messages = raven_messages if prompt == "raven" else tool_messages
     found = []
     for name, path in paths.items():
         for i, (_, record) in enumerate(read_records(path)):
             try:
                 query, call, functions = read_query(name, record, specs)
-                tools = json.dumps([as_tool(f) for f in functions], ensure_ascii=False)
-                messages = [Message("system", TOOL_PROMPT.format(tools)),
-                            Message("user", "" + query)]        # TypeError if it is not a text
+                messages = make_messages("" + query, functions)     # TypeError if it is no text
                 reference = read_reference(call, functions)
             except RECORD_FAULTS as e:
                 messages = [Message("user", "")]
@@ -62,12 +78,19 @@ def read_query(name: str, record: dict, specs: dict) -> tuple[str, str, list[dic
         query = turn["instruction"]
         call = json.loads(turn["golden_answer"])[0]
         functions = []
-        for signature, docstring in TOOLALPACA_FUNCTION.findall(turn["docstring"]):
+        for part in turn["docstring"].split("<func_start>")[1:]:
+            signature, _, rest = part.partition("<func_end>")
+            docstring = rest.partition("<docstring_start>")[2].partition("<docstring_end>")[0]
             functions.append(function_spec(f"{signature}: pass", docstring.strip('" \n')))
         return query, call, functions
     if name == "toolllm":
-        return record["Input"], record["Output"], [function_spec(f) for f in record["context"]]
-    return record["query"], record["reference"], specs[name]
+        # upstream replaces these functions' bodies by one that makes every float an integer
+        functions = [function_spec(f) | {"integers": True} for f in record["context"]]
+        return record["Input"], record["Output"], functions
+    functions = specs[name]
+    if name == "cve_cpe":           # upstream knows the arguments that a docstring describes, only
+        functions = [without_undocumented(f) for f in functions]
+    return record["query"], record["reference"], functions
 
 
 def read_reference(text: str, functions: list[dict]) -> dict:
@@ -76,6 +99,17 @@ def read_reference(text: str, functions: list[dict]) -> dict:
     function = {f["name"]: f for f in functions}[name]
     full = full_arguments(function, positional, keywords)
     return {"call": text, "function": function, "arguments": full}
+
+
+def without_undocumented(function: dict) -> dict:
+    """A function without the arguments that its docstring does not describe."""
+    return function | {"args": [a for a in function["args"] if documented_type(function, a)]}
+
+
+def documented_type(function: dict, argument: dict) -> str | None:
+    """The type that a docstring gives an argument, as in "limit (int): ..."."""
+    match = re.search(rf"\b{re.escape(argument['name'])} \((\w+)", function["docstring"])
+    return match and match[1]
 
 
 def function_spec(source: str, docstring: str | None = None) -> dict:
@@ -91,17 +125,21 @@ def function_spec(source: str, docstring: str | None = None) -> dict:
         default = ast.unparse(f.args.defaults[i - required]) if i >= required else None
         arguments.append({"name": argument.arg, "type": kind, "required": i < required,
                           "default": default})
-    docstring = docstring or ast.get_docstring(f) or ""
+    docstring = docstring or ast.get_docstring(f, clean=False) or ""
     return {"name": f.name, "docstring": docstring, "args": arguments}
+
+
+def tool_messages(query: str, functions: list[dict]) -> list[Message]:
+    """The prompt of the training data: the functions as JSON, and the query."""
+    tools = json.dumps([as_tool(f) for f in functions], ensure_ascii=False)
+    return [Message("system", TOOL_PROMPT.format(tools)), Message("user", query)]
 
 
 def as_tool(function: dict) -> dict:
     """A function as APIGen's flat specification: the type of an optional argument says so."""
     parameters = {}
     for a in function["args"]:
-        # the types of cve_cpe's arguments are given in its docstrings only: "limit (int): ..."
-        documented = re.search(rf"\b{a['name']} \((\w+)", function["docstring"])
-        kind = a["type"] or (documented[1] if documented else "str")
+        kind = a["type"] or documented_type(function, a) or "str"
         if a["required"]:
             parameters[a["name"]] = {"type": kind}
             continue
@@ -110,6 +148,32 @@ def as_tool(function: dict) -> dict:
             parameters[a["name"]]["default"] = default_value(a)
     description = function["docstring"].strip()
     return {"name": function["name"], "description": description, "parameters": parameters}
+
+
+def raven_messages(query: str, functions: list[dict]) -> list[Message]:
+    """NexusRaven's prompt, in one text."""
+    options = ""
+    for function in functions:
+        # upstream drops the braces here, and halves double ones in the whole
+        docstring = function["docstring"].strip().replace("{", "").replace("}", "")
+        options += RAVEN_OPTION.format(signature=python_signature(function), docstring=docstring)
+    text = RAVEN_PROMPT.format(options=options, query=query)
+    return [Message("user", text.replace("{{", "{").replace("}}", "}"))]
+
+
+def python_signature(function: dict) -> str:
+    """A function's signature as Python prints it: "search(query: str, limit: int = 5)"."""
+    arguments = []
+    for a in function["args"]:
+        text = a["name"]
+        if a["type"]:
+            kind = a["type"].partition("[")[0]          # list[dict] is a list
+            text += ": " + {"datetime": "datetime.datetime", "ENUM": "enum.Enum"}.get(kind, kind)
+        if not a["required"]:
+            equals = " = " if a["type"] else "="
+            text += f"{equals}{default_value(a)!r}"
+        arguments.append(text)
+    return f"{function['name']}({', '.join(arguments)})"
 
 
 def default_value(argument: dict):
@@ -128,6 +192,8 @@ def parse_call(text: str) -> tuple[str, list, dict]:
     """
     if "Initial Answer:" in text:                                   # NexusRaven's own wording
         text = text.partition("Initial Answer:")[2].strip().partition("\n")[0]
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"longer than {MAX_CHARACTERS:,} characters")
     text = re.sub(r"\A\s*```(\w*\n)?|```\s*\Z", "", text).strip()
     try:
         call = json.loads(text)
@@ -155,6 +221,7 @@ def parse_call(text: str) -> tuple[str, list, dict]:
 def full_arguments(function: dict, positional: list, keywords: dict) -> dict:
     """The arguments of a call, bound to names as Python binds them, with defaults filled in.
 
+    As upstream does, floats given by keyword are made integers, those given by position are not.
     Raises ValueError with what does not fit.
     """
     names = [a["name"] for a in function["args"]]
@@ -165,20 +232,24 @@ def full_arguments(function: dict, positional: list, keywords: dict) -> dict:
         if name in given or name not in names:
             problem = "given twice" if name in given else "unknown"
             raise ValueError(f"argument {str(name)[:80]!r} is {problem}")
-    given |= keywords
+    given |= without_floats(keywords)
     for a in function["args"]:
         if a["name"] in given:
             continue
         if a["required"]:
             raise ValueError(f"argument {a['name']!r} is missing")
         given[a["name"]] = default_value(a)
-    try:                                        # NexusRaven compares floats as integers
-        for name, value in given.items():
-            if isinstance(value, float):
-                given[name] = int(value)
+    if function.get("integers"):
+        given = without_floats(given)
+    return {name: given[name] for name in names}
+
+
+def without_floats(arguments: dict) -> dict:
+    """Arguments with floats cut to integers, since a model may print 3.33 as 3.3299999."""
+    try:
+        return {name: int(v) if isinstance(v, float) else v for name, v in arguments.items()}
     except (ValueError, OverflowError):
         raise ValueError("an argument is NaN or infinite") from None
-    return {name: given[name] for name in names}
 
 
 def judge(item: Item, output: str) -> dict:

@@ -7,11 +7,12 @@ import os
 import re
 import zlib
 
+import networkx
 import numpy as np
 
 from benchmarks import DATA_FAULT, RECORD_FAULTS, Item, data_faults
-from benchmarks.matching import best_matching
 from benchmarks.teval_replies import (
+    clean,
     parse,
     plan_in_text,
     read_json_action,
@@ -22,6 +23,7 @@ from support.cli import DataError
 from support.readers import ROLES, Message, read_object
 
 MAX_NEW_TOKENS = 512
+MAX_CHARACTERS = 10_000     # of a reply; the longest reference plan has 4,600 in 20 steps
 
 # {ability: {category: the parts of its score that count}}, as upstream averages them: an ability's
 # score is the mean over its categories, the overall score is the mean over the six abilities.
@@ -40,14 +42,17 @@ FILES = {
     "reason_str": "reason_str", "retrieve_str": "retrieve_str",
     "understand_str": "understand_str", "review_str": "review_str"}
 INSTRUCT = {"json": "instruct_json", "string": "instruct_string"}
+LANGUAGES = {"en": "English", "zh": "Chinese"}
 
 
-def items(folder: str) -> list[Item]:
-    """The items of T-Eval's files in a folder, such as plan_json_v2.json or review_str_v1_zh.json.
+def items(folder: str, language: str = "en") -> list[Item]:
+    """The items of a folder's files in one language, such as plan_json_v2.json.
 
-    A folder holds one version of each file. An item's id is CATEGORY_KEY, its key in the file.
+    Chinese files ("zh") have _zh in their names, and those of upstream's subset, a fifth of the
+    data, have _subset. A folder holds one version of each file and language. An item's id is
+    CATEGORY_KEY, its key in the file.
     """
-    paths = find_files(folder)
+    paths = find_files(folder, language)
     found = []
     for name, path in paths.items():
         for key, record in read_object(path).items():
@@ -69,17 +74,26 @@ def items(folder: str) -> list[Item]:
     return found
 
 
-def find_files(folder: str) -> dict[str, str]:
-    """{file's name without its version: path}, in the order of FILES."""
+def find_files(folder: str, language: str = "en") -> dict[str, str]:
+    """{file's name without version and language: path}, in the order of FILES."""
+    pattern = re.compile(rf"({'|'.join(FILES)})(_v\d+)?((?:_subset|_zh)*)\.json")
     found = {}
+    others = 0                  # files in the other language
     for file in sorted(os.listdir(folder) if os.path.isdir(folder) else []):
-        match = re.fullmatch(rf"({'|'.join(FILES)})(_v\d+)?(_zh)?\.json", file)
+        match = pattern.fullmatch(file)
         if not match:
+            continue
+        if ("_zh" in match[3]) != (language == "zh"):
+            others += 1
             continue
         if match[1] in found:
             raise DataError(f"{folder} holds both {found[match[1]]} and {file}; "
                             "keep one version of each file in a folder.")
         found[match[1]] = file
+    if not found and others:
+        other = "en" if language == "zh" else "zh"
+        raise DataError(f"{folder} holds no files in {LANGUAGES[language]}, but {others} in "
+                        f"{LANGUAGES[other]}; choose them with --language {other}.")
     if not found:
         names = ", ".join(f"{name}_v1.json" for name in FILES)
         raise DataError(f"{folder} holds none of {names}; "
@@ -131,24 +145,24 @@ def lexical_trigrams(texts: list[str]) -> np.ndarray:
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(n, m) float64 cosines of the rows of a (n, d) and b (m, d), clipped at 0.
-
-    They are rounded, so that a text is exactly like itself.
-    """
+    """(n, m) float64 cosines of the rows of a (n, d) and b (m, d), clipped at 0."""
     a = np.asarray(a) / np.maximum(np.linalg.norm(a, axis=1, keepdims=True), 1e-12)
     b = np.asarray(b) / np.maximum(np.linalg.norm(b, axis=1, keepdims=True), 1e-12)
-    return np.maximum(a @ b.T, 0).astype(np.float64).round(5)
+    return np.maximum(a @ b.T, 0).astype(np.float64)
 
 
 def judge(item: Item, output: str, embed=lexical_trigrams) -> dict:
     """The score in [0, 1] of one output by T-Eval's rules, and its parts; correct if it is 1.
 
     embed(texts) -> (n, d) array compares names, arguments and thoughts in Plan and Reason;
-    upstream's is the sentence model all-mpnet-base-v2. Plan's score is "f1"; "f1_upstream" is what
-    upstream reports.
+    upstream's is the sentence model all-mpnet-base-v2, in Chinese gte-large-zh. Plan's score is
+    "f1"; "f1_upstream" is what upstream reports.
     """
-    if "fault" in item.reference:
-        reason = f"{DATA_FAULT} {item.reference['fault']}"
+    fault = item.reference.get("fault")
+    output = clean(output)
+    if fault or len(output) > MAX_CHARACTERS:
+        too_long = f"longer than {MAX_CHARACTERS:,} characters"
+        reason = f"{DATA_FAULT} {fault}" if fault else too_long
         return {"correct": False, "reason": reason, "score": 0.0, "parts": {}}
     task, _, form = item.category.rpartition("_")       # form: json, string or str
     if task == "instruct":
@@ -194,34 +208,37 @@ def judge_plan(reference: dict, output: str, form: str, embed) -> dict:
     steps = read_plan(output) if form == "json" else plan_in_text(output, reference["API_list"])
     plan = without_finish(steps)
     truth = reference["plan"]
+    correct = upstream = 0
+    if plan and truth:
+        names = cosine(embed([step[1] for step in plan]), embed([step[1] for step in truth]))
+        args = cosine(embed([step[2] for step in plan]), embed([step[2] for step in truth]))
+        # upstream's subsequences are at least 1 long, matched or not: no plan of steps scores 0
+        upstream = max(steps_in_order(0.75 * names + 0.25 * args), 1)
 
-    def f1(correct):
-        return 2 * correct / max(len(plan) + len(truth), 1)
-
-    correct = steps_in_order(plan, truth, embed) if plan and truth else 0
-    # upstream's subsequences are at least 1 long, matched or not: a plan with a step never scores 0
-    upstream = max(correct, 1) if plan and truth else 0
-    return {"f1": f1(correct), "f1_upstream": float(f1(upstream)),
+        # A plan may repeat a step, so that matchings weigh the same but for noise in the last
+        # digits, and upstream takes any. Here it is the one that is nearest to the order.
+        distance = np.subtract.outer(np.arange(len(plan)), np.arange(len(truth)))
+        distance = distance / (len(plan) + len(truth))
+        weight = 0.75 * names.round(5) + 0.25 * args.round(5)
+        correct = steps_in_order(weight - 1e-7 * distance ** 2)
+    total = max(len(plan) + len(truth), 1)
+    return {"f1": 2 * correct / total, "f1_upstream": 2 * upstream / total,
             "precision": correct / max(len(plan), 1), "recall": correct / max(len(truth), 1),
             "parsed": float(bool(steps))}
 
 
-def steps_in_order(plan: list[tuple], truth: list[tuple], embed) -> int:
-    """How many steps of a plan are matched to the reference's, and stand in its order."""
-    names = cosine(embed([step[1] for step in plan]), embed([step[1] for step in truth]))
-    args = cosine(embed([step[2] for step in plan]), embed([step[2] for step in truth]))
-    weight = 0.75 * names + 0.25 * args                 # (len(plan), len(truth))
+def steps_in_order(similarity: np.ndarray) -> int:
+    """The longest increasing subsequence of a maximum-weight matching of similar steps.
 
-    # of matchings of equal weight, since a plan may repeat a step, the one that is nearest to the
-    # order; upstream takes any
-    distance = np.subtract.outer(np.arange(len(plan)), np.arange(len(truth)))
-    distance = distance / (len(plan) + len(truth))
-    weight = np.where(weight > 0.8, weight - 1e-7 * distance ** 2, 0)
-    matched = [j for _, j in best_matching(weight)]
-
-    # the longest increasing subsequence; ends[k]: the least end of those of length k + 1
-    ends = []
-    for j in matched:
+    similarity: (steps of a plan, steps of the reference) floats. The graph's edges are entered in
+    upstream's order, so that of matchings of equal weight networkx chooses the same.
+    """
+    graph = networkx.Graph()
+    for i, j in np.argwhere(similarity > 0.8).tolist():
+        graph.add_edge(i, len(similarity) + j, weight=float(similarity[i, j]))
+    pairs = sorted(sorted(pair) for pair in networkx.max_weight_matching(graph))
+    ends = []                   # ends[k]: the least end of a subsequence of length k + 1
+    for _, j in pairs:
         k = bisect.bisect_left(ends, j)
         ends[k:k + 1] = [j]
     return len(ends)
@@ -269,8 +286,8 @@ def judge_text(reference: dict, output: str, embed) -> dict:
 
 
 def similarity(text: str, other: str, embed) -> float:
-    """The cosine of the embeddings of two texts, clipped at 0."""
-    return float(cosine(embed([text]), embed([other]))[0, 0])
+    """The cosine of two texts' embeddings, clipped at 0; rounded, so that a text is like itself."""
+    return float(cosine(embed([text]), embed([other]))[0, 0].round(5))
 
 
 def safe_str(value) -> str:

@@ -5,6 +5,17 @@ Every function copes with whatever a model writes.
 import ast
 import json
 
+# what follows one of these is no longer the reply: upstream cuts it off before it scores
+TURN_ENDS = ("<eoa>", "<TOKENS_UNUSED_1>", "<|im_end|>", "\nuser", "\nassistant", "\nUSER",
+             "[INST]", "<|user|>")
+
+
+def clean(output: str) -> str:
+    """A reply without a turn that follows, and without white space and code fences around it."""
+    for mark in TURN_ENDS:
+        output = output.partition(mark)[0]
+    return output.strip().removeprefix("```json").strip("`").strip()
+
 
 def parse(text: str, brackets: str = ""):
     """A reply read as a Python literal, else as JSON, else as JSON with ' for ".

@@ -4,7 +4,6 @@ import json
 import numpy as np
 
 from support.files import replacing
-from support.report import split_pieces
 
 
 def export_labels(path: str, dataset, labels) -> None:
@@ -16,9 +15,8 @@ def export_labels(path: str, dataset, labels) -> None:
       output_mask      (T) 1 for output tokens, which carry loss
       is_reasoning     (T) 1 for the reasoning tokens among them
       loss_difference  per output token, in nats
-      outputs          per output turn: "message", its index in the conversation; its "text"; and
-                       its "spans", [start, end, "reasoning" or "boilerplate"], in characters, which
-                       tile the text
+      outputs          per output turn, without its end: its "text" and its "spans", [start, end,
+                       "reasoning" or "boilerplate"], in characters, which tile the text
     """
     with replacing(path) as file:
         for i in dataset.kept:
@@ -39,22 +37,19 @@ def export_labels(path: str, dataset, labels) -> None:
 def output_spans(dataset, i: int, is_reasoning) -> list[dict]:
     """The output turns of sample i with the spans of equal label; is_reasoning: (its tokens,)."""
     outputs = []
-    token = 0
-    for m, message in enumerate(dataset.samples[i].messages):
-        if not message.is_output:
-            continue
-        encoding = dataset.renderer.tokenizer.encode(message.text, add_special_tokens=False)
+    labels = iter(is_reasoning)
+    for turn in filter(None, dataset.renderer.output_pieces(dataset.samples[i])):
         spans = []
         start = 0
-        for piece, _ in split_pieces(message.text, encoding.offsets):
-            label = "reasoning" if is_reasoning[token] else "boilerplate"
+        *said, _ = turn
+        for piece in said:
+            label = "reasoning" if next(labels) else "boilerplate"
             end = start + len(piece)
             if spans and spans[-1][2] == label:
                 spans[-1][1] = end
-            elif piece:
+            elif piece:                 # a token may be a part of the character before
                 spans.append([start, end, label])
             start = end
-            token += 1
-        token += 1                                      # the end of the turn, which has no text
-        outputs.append({"message": m, "text": message.text, "spans": spans})
+        next(labels)                    # the end of the turn
+        outputs.append({"text": "".join(said), "spans": spans})
     return outputs

@@ -2,6 +2,8 @@
 
 Everything here takes plain arrays, and a Dataset as it is handed over.
 """
+import itertools
+
 import numpy as np
 
 from support import report
@@ -81,12 +83,11 @@ def format_summary(summary: dict) -> str:
 def output_pieces(dataset, i: int) -> list[tuple[str, bool]]:
     """(text, is format) of each output token of sample i."""
     pieces = []
-    tokenizer = dataset.renderer.tokenizer
-    for message in dataset.samples[i].messages:
-        if message.is_output:
-            encoding = tokenizer.encode(message.text, add_special_tokens=False)
-            pieces += report.split_pieces(message.text, encoding.offsets)
-            pieces.append(("⏎\n", True))            # the end of the turn
+    for turn in filter(None, dataset.renderer.output_pieces(dataset.samples[i])):
+        *said, end_of_turn = turn
+        ends = list(itertools.accumulate(len(piece) for piece in said))
+        pieces += report.split_pieces("".join(said), [(0, end) for end in ends])
+        pieces.append((end_of_turn, True))
     return pieces
 
 

@@ -1,14 +1,16 @@
 """Samples, and the formats they come in: APIGen, ToolBench, ShareGPT, messages, and the toy."""
 import itertools
 import json
-import os
 import re
-from dataclasses import dataclass
-
-from tqdm import tqdm
+from dataclasses import dataclass, field
 
 from support.cli import DataError
+from support.records import read_object as read_object  # these two are public here
+from support.records import read_records as read_records
+from support.records import reading
 from toy.task import toy_records
+
+LONGEST_SAMPLE = 2**24      # characters of its record; no model reads four million tokens
 
 
 @dataclass
@@ -17,6 +19,9 @@ class Message:
     text: str
     role_spans: list | None = None  # true roles, if known: (text, role) pairs that make up `text`
     scored: bool = True             # an assistant turn with scored=False is context, not output
+    # The same turn as a model's own chat template takes it, where role and text do not say it all:
+    # with tool_calls, say. {} where that template writes it itself, as it does the list of tools.
+    turn: dict | None = field(default=None, compare=False)
 
     @property
     def is_output(self) -> bool:
@@ -27,6 +32,7 @@ class Message:
 class Sample:
     id: str
     messages: list[Message]
+    tools: list | None = None       # for a model's own chat template
 
 
 # What the formats call a speaker, and the role it has here.
@@ -52,20 +58,24 @@ TOOL_PROMPT = ('You can call these functions:\n{}\nAnswer with a JSON list of ca
 # --------------------------------------------------------------------------------------------------
 # From a name to samples
 
-def read_samples(path_or_name: str) -> list[Sample]:
+def read_samples(path_or_name: str, native_calls: bool = False) -> list[Sample]:
     """The samples of a JSON or JSON Lines file, or of "toy", which has 4,000.
 
     The format is recognised from each record. A slice may follow the name, as in
-    "train.json[:300]" or "toy[100:200]". Raises DataError, naming the file and the record, for a
-    record in no known format or with nothing to learn from.
+    "train.json[:300]" or "toy[100:200]". native_calls: APIGen's and ShareGPT's calls become tool
+    calls for the model's own chat template; else they are text. Raises DataError, naming the file
+    and the record, for a record in no known format or with nothing to learn from.
     """
-    return list(stream_samples(path_or_name))
+    return list(stream_samples(path_or_name, native_calls=native_calls))
 
 
-def stream_samples(path_or_name: str, progress: bool = False):
+def stream_samples(path_or_name: str, progress: bool = False, native_calls: bool = False):
     """Yield what read_samples returns, holding little more than one sample in memory."""
     name, first, last = split_slice(path_or_name)
-    samples = toy_samples(4000, seed=0) if name == "toy" else parse_samples(name, progress)
+    if name == "toy":
+        samples = toy_samples(4000, seed=0)
+    else:
+        samples = parse_samples(name, progress, native_calls)
     empty = True
     for sample in itertools.islice(samples, first, last):
         empty = False
@@ -77,7 +87,7 @@ def stream_samples(path_or_name: str, progress: bool = False):
 
 def split_slice(path_or_name: str) -> tuple[str, int, int | None]:
     """("train.json", 0, 300) of "train.json[:300]"."""
-    sliced = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", path_or_name)
+    sliced = re.fullmatch(r"(.+)\[(\d{0,18}):(\d{0,18})\]", path_or_name)
     if not sliced:
         return path_or_name, 0, None
     name, first, last = sliced.groups()
@@ -90,19 +100,12 @@ def toy_samples(count: int, seed: int, held_out: bool = False) -> list[Sample]:
     return [read_record(record, index) for index, record in enumerate(records)]
 
 
-def parse_samples(path: str, progress: bool):
+def parse_samples(path: str, progress: bool, native_calls: bool):
     """Yield the sample of each record of a file."""
-    for index, (where, record) in enumerate(read_records(path, progress)):
-        try:
-            sample = read_record(record, index)
-        except DataError as e:
-            raise DataError(f"{where}: {e}") from None
-        except KeyError as e:
-            raise DataError(f"{where} lacks {e}, which its format has; "
-                            "fix or remove the record.") from None
-        except (TypeError, AttributeError, ValueError) as e:
-            raise DataError(f"{where} does not follow its format ({e}); "
-                            "fix or remove the record.") from None
+    records = read_records(path, progress, LONGEST_SAMPLE)
+    for index, (where, record) in enumerate(records):
+        with reading(where, "fix or remove the record"):
+            sample = read_record(record, index, native_calls)
         if not any(message.is_output and message.text for message in sample.messages):
             raise DataError(f"{where} has no assistant turn, so there is nothing to learn from it; "
                             "remove the record.")
@@ -112,17 +115,22 @@ def parse_samples(path: str, progress: bool):
 # --------------------------------------------------------------------------------------------------
 # From a record to a sample
 
-def read_record(record: dict, index: int) -> Sample:
-    """One record of any known format. Raises DataError, KeyError, TypeError, AttributeError or
-    ValueError for an unknown or broken one."""
+def read_record(record: dict, index: int, native_calls: bool = False) -> Sample:
+    """One record of any known format. Raises DataError, or whatever else goes wrong in a broken
+    record: see `reading`."""
     if not isinstance(record, dict):
         raise DataError(f"a {type(record).__name__} where an object was expected.")
+    name = str(record.get("id", index))
+    if native_calls:
+        record = with_native_calls(record)
+    tools = None
     if "query" in record and "answers" in record:
         messages = apigen_messages(record)
     elif "conversations" in record:
         messages = conversation_messages(record)
     elif "messages" in record:
         messages = chat_messages(record)
+        tools = parsed(record.get("tools")) or None
     else:
         keys = ", ".join(map(str, record))[:80]
         raise DataError(f"unknown format (keys: {keys}); expected APIGen's query/answers/tools, "
@@ -131,11 +139,27 @@ def read_record(record: dict, index: int) -> Sample:
         if not isinstance(message.text, str):
             kind = type(message.text).__name__
             raise DataError(f"a {message.role} text is a {kind}, not a string.")
-    return Sample(str(record.get("id", index)), messages)
+    sample = Sample(name, messages, tools)
+    check_characters(sample)
+    return sample
+
+
+def check_characters(sample: Sample) -> None:
+    """Raise UnicodeEncodeError for half a surrogate pair, which no tokenizer can encode."""
+    sample.id.encode()
+    for message in sample.messages:
+        message.text.encode()
+        if message.turn:
+            json.dumps(message.turn, ensure_ascii=False).encode()
+    if sample.tools:
+        json.dumps(sample.tools, ensure_ascii=False).encode()
 
 
 def apigen_messages(record: dict) -> list[Message]:
     """APIGen, also known as xlam-function-calling-60k: one query, answered by a list of calls."""
+    for key in ("tools", "answers"):
+        if record[key] is None:
+            raise DataError(f"{key} is null; fix or remove the record.")
     tools = as_json(record["tools"])
     answers = as_json(record["answers"])
     return [
@@ -157,10 +181,8 @@ def conversation_messages(record: dict) -> list[Message]:
     if system:
         messages.append(Message("system", "\n\n".join(system)))
     for turn in record["conversations"]:
-        if turn["from"] not in ROLES:
-            raise DataError(f"unknown speaker {turn['from']!r}; known are {', '.join(ROLES)}.")
         # ToolBench's texts begin with "\n", which its own prompts leave out.
-        messages.append(Message(ROLES[turn["from"]], turn["value"].strip("\n")))
+        messages.append(Message(known_role(turn["from"]), turn["value"].strip("\n")))
 
     # ToolBench also comes as one record per step, where only the last turn is new.
     if re.match(r"Step \d+:", str(record.get("id"))):
@@ -169,42 +191,74 @@ def conversation_messages(record: dict) -> list[Message]:
     return messages
 
 
+def known_role(speaker: str) -> str:
+    if speaker not in ROLES:
+        raise DataError(f"unknown role {speaker!r}; known are {', '.join(ROLES)}.")
+    return ROLES[speaker]
+
+
 def chat_messages(record: dict) -> list[Message]:
     """Messages, the chat format of OpenAI and TRL; "parts" may give a turn's true token roles."""
     messages = []
     for turn in record["messages"]:
-        if turn["role"] not in ROLES:
-            raise DataError(f"unknown role {turn['role']!r}; known are {', '.join(ROLES)}.")
-        text = turn.get("content") or ""
+        turn = {key: value for key, value in turn.items() if value is not None}
+        turn["role"] = known_role(turn["role"])
+        text = content_text(turn.get("content", ""))
+        if "content" in turn:
+            turn["content"] = text
         if turn.get("tool_calls"):
+            turn["tool_calls"] = parsed_calls(turn["tool_calls"])
             text += calls_as_text(turn["tool_calls"])
-        messages.append(Message(ROLES[turn["role"]], text, annotated_spans(turn, text)))
+        spans = annotated_spans(turn.pop("parts", None), text)
+        says_more = turn.keys() - {"role", "content"}
+        messages.append(Message(turn["role"], text, spans, turn=turn if says_more else None))
 
     if record.get("tools"):
         tool_prompt = TOOL_PROMPT.format(as_json(record["tools"]))
-        if messages[0].role == "system":
-            tool_prompt = messages.pop(0).text + "\n\n" + tool_prompt
-        messages.insert(0, Message("system", tool_prompt))
+        system = Message("system", tool_prompt, turn={})
+        if messages and messages[0].role == "system":
+            own = messages.pop(0)
+            system.text = own.text + "\n\n" + tool_prompt
+            system.turn = own.turn or {"role": "system", "content": own.text}
+        messages.insert(0, system)
     return messages
 
 
-def calls_as_text(tool_calls: list) -> str:
-    """OpenAI's tool calls as the JSON list that TOOL_PROMPT asks for."""
+def content_text(content) -> str:
+    """The text of a turn's content, which OpenAI also writes as a list of parts."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if part["type"] != "text":
+            raise DataError(f"a content list has a part of type {part['type']!r}; "
+                            "only text parts can be used.")
+    return "".join(part["text"] for part in content)
+
+
+def parsed_calls(tool_calls: list) -> list:
+    """Tool calls whose arguments are objects; OpenAI writes them as JSON text."""
     calls = []
     for call in tool_calls:
         function = call.get("function", call)
-        arguments = function["arguments"]
-        if isinstance(arguments, str):
-            arguments = json.loads(arguments)
-        calls.append({"name": function["name"], "arguments": arguments})
+        function = function | {"arguments": parsed(function["arguments"])}
+        calls.append(call | {"function": function} if "function" in call else function)
+    return calls
+
+
+def calls_as_text(tool_calls: list) -> str:
+    """Tool calls as the JSON list that TOOL_PROMPT asks for."""
+    calls = []
+    for call in tool_calls:
+        function = call.get("function", call)
+        calls.append({"name": function["name"], "arguments": function["arguments"]})
     return json.dumps(calls, ensure_ascii=False)
 
 
-def annotated_spans(turn: dict, text: str) -> list[tuple[str, str]] | None:
+def annotated_spans(parts: list | None, text: str) -> list[tuple[str, str]] | None:
     """The true roles that a turn's "parts" give, checked against its text."""
-    if turn.get("parts") is None:
+    if parts is None:
         return None
-    spans = [(part, role) for part, role in turn["parts"]]
+    spans = [(part, role) for part, role in parts]
     for _, role in spans:
         if role not in SPAN_ROLES:
             raise DataError(f"a part has the unknown role {role!r}; known are "
@@ -212,6 +266,56 @@ def annotated_spans(turn: dict, text: str) -> list[tuple[str, str]] | None:
     if "".join(part for part, _ in spans) != text:
         raise DataError("the parts of a turn do not concatenate to its content.")
     return spans
+
+
+# --------------------------------------------------------------------------------------------------
+# Calls, as text and as tool calls
+
+def with_native_calls(record: dict) -> dict:
+    """A record of APIGen, or of ShareGPT with calls, in the chat format of OpenAI."""
+    if "query" in record and "answers" in record:
+        turns = [{"from": "user", "value": record["query"]},
+                 {"from": "function_call", "value": record["answers"]}]
+    else:
+        turns = record.get("conversations", [])
+    if not any(turn["from"] == "function_call" for turn in turns):
+        return record
+
+    messages = []
+    if record.get("system"):
+        messages.append({"role": "system", "content": record["system"]})
+    count = 0
+    unanswered = []                                     # ids of calls
+    for turn in turns:
+        message = {"role": known_role(turn["from"]), "content": turn["value"]}
+        if turn["from"] == "function_call":
+            calls = parsed(turn["value"])
+            if isinstance(calls, dict):
+                calls = [calls]
+            ids = [f"call{count + i:05}" for i in range(len(calls))]    # Mistral: 9 characters
+            count += len(ids)
+            unanswered += ids
+            message["content"] = ""
+            message["tool_calls"] = [as_tool_call(*pair) for pair in zip(ids, calls, strict=True)]
+        elif message["role"] == "tool" and unanswered:
+            message["tool_call_id"] = unanswered.pop(0)
+        messages.append(message)
+    tools = [as_tool(tool) for tool in parsed(record.get("tools") or [])]
+    return {"messages": messages, "tools": tools}
+
+
+def as_tool_call(name: str, call: dict) -> dict:
+    function = {"name": call["name"], "arguments": call["arguments"]}
+    return {"id": name, "type": "function", "function": function}
+
+
+def as_tool(tool: dict) -> dict:
+    return tool if "function" in tool else {"type": "function", "function": tool}
+
+
+def parsed(value):
+    """The inverse of as_json: the value of a JSON string, or a value that is no string."""
+    return json.loads(value) if isinstance(value, str) else value
 
 
 def as_json(value) -> str:
@@ -226,12 +330,17 @@ def call_spans(text: str) -> list[tuple[str, str]] | None:
     """The token roles of a JSON list of calls, read off its structure: (text, role) pairs.
 
     Function names, argument names and values are reasoning; fixed keys ("name", "arguments") and
-    punctuation are format. The texts concatenate to `text`; None where it is not valid JSON.
+    punctuation are format. The texts concatenate to `text`; None where a string never ends.
     """
     spans = []
     depth = 0
+    position = 0
     previous = None
-    for token in JSON_TOKEN.findall(text):
+    for match in JSON_TOKEN.finditer(text):
+        token = match[0]
+        if match.start() != position:
+            return None                 # at an open string, which is no token
+        position = match.end()
         if token in "{[":
             depth += 1
         elif token in "}]":
@@ -249,113 +358,6 @@ def call_spans(text: str) -> list[tuple[str, str]] | None:
             spans.append((token, "format" if is_format else "reasoning"))
         if not token.isspace():
             previous = token
-
-    spans = [(part, role) for part, role in spans if part]
-    if "".join(part for part, _ in spans) != text:
+    if position != len(text):
         return None
-    return spans
-
-
-# --------------------------------------------------------------------------------------------------
-# From a file to records
-
-def read_object(path: str) -> dict:
-    """The one JSON object that a file holds."""
-    content = next((record for _, record in read_records(path)), None)
-    if not isinstance(content, dict):
-        raise DataError(f"{path} does not hold one JSON object; fetch the benchmark's file again.")
-    return content
-
-
-def read_records(path: str, progress: bool = False):
-    """Yield (where, record) of a JSON list or a JSON Lines file of any size, holding little more
-    than one record in memory."""
-    try:
-        with (
-            open(path, encoding="utf-8-sig") as file,
-            tqdm(desc=f"read {path}", total=os.path.getsize(path), unit="B", unit_scale=True,
-                 disable=not progress, delay=1) as bar,
-        ):
-            head = file.read(2**16).lstrip()
-            file.seek(0)
-            if head.startswith("["):
-                for number, record in enumerate(list_elements(file, bar), 1):
-                    yield f"{path}, record {number}", record
-            elif head.split("\n")[0].strip() == "{":    # a single record over several lines
-                yield f"{path}, record 1", json.load(file)
-            else:
-                for number, record in json_lines(file, bar):
-                    yield f"{path}, line {number}", record
-    except UnicodeDecodeError:
-        raise DataError(f"{path} cannot be read (not UTF-8 text).") from None
-    except OSError as e:
-        raise DataError(f"{path} cannot be read ({e.strerror}).") from None
-    except json.JSONDecodeError as e:
-        raise DataError(f"{path}, line {e.lineno}: not JSON ({e.msg}); "
-                        "fix the line, or export the file again.") from None
-
-
-def json_lines(file, bar):
-    """Yield (line number, record) of JSON Lines; a JSONDecodeError has the line of the file."""
-    for number, line in enumerate(file, 1):
-        bar.update(len(line))
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as e:
-            e.lineno = number
-            raise
-
-
-SEPARATOR = re.compile(r"\s*([\[,\]]?)\s*")
-LIST_END = object()
-
-
-def list_elements(file, bar):
-    """Yield the elements of one JSON list, read a megabyte at a time.
-
-    A JSONDecodeError has the line of the file.
-    """
-    text = ""               # what is held of the file ...
-    line = 1                # ... from this line on ...
-    position = 0            # ... and yielded up to here
-    expected = "["          # what stands before the next element
-    file_ended = False
-    while True:
-        try:
-            element, end = next_element(text, position, expected)
-            is_complete = end < len(text) or element is LIST_END    # 12 may go on as 123
-        except json.JSONDecodeError as e:
-            # Held text that is cut off breaks in an open string, or within the few characters of
-            # an escape or a literal before its end.
-            is_complete = e.pos <= len(text) - 16 and not e.msg.startswith("Unterminated")
-            if is_complete or file_ended:
-                e.lineno = line + text.count("\n", 0, e.pos)
-                raise
-        if is_complete or file_ended:
-            if element is LIST_END:
-                return
-            yield element
-            position = end
-            expected = ","
-        else:
-            chunk = file.read(max(2**20, len(text) - position))
-            bar.update(len(chunk))
-            file_ended = not chunk
-            line += text.count("\n", 0, position)
-            text = text[position:] + chunk
-            position = 0
-
-
-def next_element(text: str, position: int, expected: str):
-    """(element, its end) of the JSON list that `text` holds from `position` on; LIST_END, too."""
-    separator = SEPARATOR.match(text, position)
-    mark = separator[1]
-    start = separator.end()
-    is_empty_list = expected == "[" and mark == "[" and text.startswith("]", start)
-    if mark == "]" or is_empty_list:
-        return LIST_END, start
-    if mark != expected:
-        raise json.JSONDecodeError(f"Expecting {expected!r} delimiter", text, start)
-    return json.JSONDecoder().raw_decode(text, start)
+    return [(part, role) for part, role in spans if part]

@@ -37,6 +37,8 @@ IN_CALL = ["find", "city", "Oslo, {N}", "days", "3", "true"]
     ("Thought: \nAction: Finish\nAction Input: {}", ["Finish"]),
     ("See:\n- **one**, [two]\n1. three\n```python\nx\n```",
      ["See:\n", "one", ", [two]\n", "three\n", "\nx\n"]),
+    (f"I look.\n<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n{CALL}\n</tool_call>",
+     ["I look.", *IN_CALL, *IN_CALL]),
     ("No format at all: none.", ["No format at all: none."]),
     ("", []),
 ])

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from data import Dataset, collate, epoch_batches, micro_batches
+from support.chat_template import LEFT_OUT
 from support.cli import DataError
 from support.readers import read_samples
 from support.templates import Renderer
-from tiny import apigen, talk, write
+from tiny import apigen, make_checkpoint, talk, write
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,23 @@ def test_the_cache_is_used_while_it_fits_and_made_again_when_not(chatml, tmp_pat
     write(tmp_path / "a.json", apigen(21))
     assert len(load().samples) == 21
     assert len(folders()) == 4
+
+
+def test_the_cache_keeps_what_a_chat_template_takes(tmp_path):
+    directory = make_checkpoint(tmp_path)
+    write(tmp_path / "chat_template.jinja",
+          "{% for m in messages %}{{ m.role }}: {{ m.content or m.tool_calls }}\n{% endfor %}")
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [{"role": "user", "content": "Go."}, {"role": "assistant", "tool_calls": [call]}]
+    record = {"messages": messages, "tools": [{"name": "find_city"}]}
+    path = write(tmp_path / "a.json", [record] * 3)
+    for _ in range(2):
+        dataset = Dataset.load([path], directory, "auto", 400)
+        assert dataset.samples[2].tools == record["tools"]
+        assert [m.turn for m in dataset.samples[2].messages] == [{}, None, messages[1]]
+        assert dataset.notes == {LEFT_OUT: 3}                   # of tools
+    write(tmp_path / "a.json", [record | {"tools": [{"name": "find_road"}]}] * 3)
+    assert Dataset.load([path], directory, "auto", 400).fingerprint != dataset.fingerprint
 
 
 def test_a_file_that_breaks_off_leaves_no_cache(chatml, tmp_path, monkeypatch):

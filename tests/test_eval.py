@@ -225,8 +225,8 @@ def test_intervals_are_those_of_newcombe_s_table(correct, asked, low, high):
     ("[1, 2]", "every line"),
     ('{"id": "a", "output": "x"}\n{"id": "a", "output": "y"}', "line 2: the id 'a'"),
     ('{"id": "a", "output"', "line 1"),
-    ('{"id": "a", "output": ' + "9" * 5000 + "}", "every line"),
-    ('{"id": "a", "output": ' + "[" * 200_000, "every line")])
+    ('{"id": "a", "output": ' + "9" * 5000 + "}", "line 1: not JSON .*digits"),
+    ('{"id": "a", "output": ' + "[" * 200_000, "line 1: not JSON .*deeply")])
 def test_broken_predictions_are_refused(monkeypatch, tmp_path, text, sentence):
     with pytest.raises(DataError, match=sentence) as e:
         main(monkeypatch, "toy", "--predictions", write(tmp_path / "p.jsonl", text))
@@ -326,11 +326,12 @@ def test_a_benchmark_is_asked_once_and_judged_again(monkeypatch, chatml, tmp_pat
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_benchmark_judges_predictions(monkeypatch, tmp_path, name, folder):
-    def judge(prompt, choices):
+    def judge(question, **fields):
         return "Solved", "it does"
 
     _, item, right = FOLDERS[name]
     monkeypatch.setattr(stabletoolbench, "judge_endpoint", lambda *_: judge)
+    monkeypatch.setattr(stabletoolbench, "check_reachable", lambda *_: None)
     arguments = [name, "--predictions", write_predictions(tmp_path / "p.jsonl", {item: right})]
     if name == "stabletoolbench":
         arguments += ["--judge-url", "http://judge", "--judge-model", "m"]

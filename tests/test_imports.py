@@ -47,7 +47,7 @@ def room(name):
 MAY_IMPORT = {
     "rft": set(),
     "model": set(),
-    "data": {"support"},
+    "data": {"model", "support"},          # to resolve hub ids
     "shad": {"model", "data", "support"},
     "eval": {"model", "data", "shad", "support", "benchmarks"},
     "train": {"rft", "model", "data", "shad", "eval", "support", "baselines"},

@@ -4,6 +4,7 @@ Nothing a model writes is executed, and nothing raises.
 """
 import json
 import os
+import time
 
 import pytest
 
@@ -14,10 +15,13 @@ from tiny import write
 DATA = os.environ.get("SHAD_RFT_DATA")
 COUNTS = {"cve_cpe": 78, "virustotal": 151, "emailrep": 38, "toolalpaca": 51, "toolllm": 21}
 PRICE = {
-    "name": "find_price", "docstring": "\nFind a price.\n\nArgs:\nitem (str): what\n", "args": [
+    "name": "find_price", "args": [
         {"name": "item", "type": None, "required": True, "default": None},
         {"name": "limit", "type": "int", "required": False, "default": "None"},
-        {"name": "shop", "type": "str", "required": False, "default": "'any'"}]}
+        {"name": "shop", "type": "str", "required": False, "default": "'any'"},
+        {"name": "undocumented", "type": None, "required": False, "default": "None"}],
+    "docstring": "\nFind a {price}.\n\nArgs:\n"
+                 "item (str): what\nlimit (int): how many\nshop (str): where\n"}
 PRICE_RECORDS = [
     {"query": "Prices of tea, five of them?",
      "reference": "r = nvdlib.find_price(item = 'tea', limit=5)"},
@@ -75,6 +79,41 @@ def test_items(folder):
     assert day == {"type": "datetime, optional", "default": "2017 - 12 - 20"}
 
 
+RAVEN = '''
+<human>:
+
+OPTION:
+<func_start>def find_price(item, limit: int = None, shop: str = 'any')<func_end>
+<docstring_start>
+"""
+Find a price.
+
+Args:
+item (str): what
+limit (int): how many
+shop (str): where
+"""
+<docstring_end>
+
+User Query: Question: Prices of tea, five of them?
+
+Please pick a function from the above options that best answers the user query and fill in the \
+appropriate arguments.<human_end>'''
+
+
+def test_the_prompt_of_nexusraven(folder):
+    items = nexus.items(folder, prompt="raven")
+    [message] = items[0].messages
+    assert message.role == "user"
+    assert message.text == RAVEN
+    assert "def switch(lamp: str, on: bool, tags: list)<func_end>" in items[5].messages[0].text
+    weather = "def weather(lat: int = 25.9, lon: int = -55.7, day: datetime.datetime = "
+    assert weather in items[7].messages[0].text
+    tool_items = nexus.items(folder)
+    assert [i.id for i in items] == [i.id for i in tool_items]
+    assert [i.reference for i in items] == [i.reference for i in tool_items]
+
+
 @pytest.mark.parametrize("output", [
     "find_price(item='tea', limit=5)", 'find_price("tea", 5)',
     "r = nvdlib.find_price('tea', limit=5, shop='any')",
@@ -92,8 +131,10 @@ def test_right(folder, output):
 
 @pytest.mark.parametrize("output", [
     "find_price(item='Tea', limit=5)", "find_price(item='tea')", "find_price(item='tea', limit=6)",
-    "find_price(item='tea', limit='5')", "find_price(item='tea', limit=5, shop='other')",
-    "find_price(item='tea', limit=5, colour='green')", "find_price('tea', item='tea', limit=5)",
+    "find_price('tea', 5.9)", "find_price(item='tea', limit='5')",
+    "find_price(item='tea', limit=5, shop='other')",
+    "find_price(item='tea', limit=5, colour='green')",
+    "find_price(item='tea', limit=5, undocumented=None)", "find_price('tea', item='tea', limit=5)",
     "find_price('tea', 5, 'any', 1)", "find_price(limit=5)", "other(item='tea', limit=5)",
     "find_price(item=tea, limit=5)", "find_price", "find_price(**{'item': 'tea', 'limit': 5})",
     "find_price(*['tea', 5])", "I cannot help.", "", "[]", "null",
@@ -114,6 +155,7 @@ def test_a_required_argument_of_none_must_be_given(folder):
 def test_floats_and_defaults_of_toolllm(folder):
     item = nexus.items(folder)[-1]
     assert is_right(item, "weather(25, -55)")
+    assert is_right(item, "weather(25.3, lon=-55.1)")
     assert is_right(item, "weather()")
     assert is_right(item, '{"name": "weather", "arguments": {"lon": -55.99}}')
     assert not is_right(item, "weather(24.99, -55)")
@@ -160,7 +202,8 @@ HOSTILE = [
     "```" * 50_000, "`" * 100_000, "lambda: 1", "x" * 1_000_000,
     "__import__('os').system('touch hacked')",
     "find_price(item=__import__('os').system('touch hacked'))", "Initial Answer:", "x = y",
-    "def f(): pass", "import os", "pass", "x: int", "f(x=b'a', y={1, 2}, z=1j)"]
+    "def f(): pass", "import os", "pass", "x: int", "f(x=b'a', y={1, 2}, z=1j)",
+    "find_price('tea', 5" + " " * 10_000 + ")", "find_price('tea', 5" + ", " * 500_000 + ")"]
 
 
 @pytest.mark.parametrize("output", HOSTILE, ids=range(len(HOSTILE)))
@@ -170,6 +213,21 @@ def test_hostile_outputs_are_wrong(folder, output, tmp_path, monkeypatch):
         assert not is_right(item, output)
         json.dumps(nexus.judge(item, output), ensure_ascii=False).encode()
     assert not (tmp_path / "hacked").exists()
+
+
+def test_only_the_call_counts_towards_the_longest_output(folder):
+    item = nexus.items(folder)[0]
+    assert is_right(item, "Initial Answer: find_price('tea', 5)\nReflection: " + "x" * 1_000_000)
+    assert "10,000" in nexus.judge(item, "find_price('tea', 5)" + "\n" + "x" * 10_000)["reason"]
+
+
+def test_a_broken_docstring_is_read_in_linear_time(tmp_path):
+    turn = LAMP_RECORD["turns_1"] | {"docstring": "<func_start>" * 100_000}
+    write(tmp_path / "toolalpaca_queries.json", [{"turns_1": turn}])
+    start = time.perf_counter()
+    [item] = nexus.items(str(tmp_path))
+    assert time.perf_counter() - start < 2
+    assert "fault" in item.reference
 
 
 @pytest.mark.skipif(not DATA, reason="set SHAD_RFT_DATA to a folder with nexus/")

@@ -1,18 +1,14 @@
 """Readers: every format, slices, streaming, and one clear sentence for what cannot be used."""
 import json
 import re
+import time
 
 import pytest
 from tqdm import tqdm
 
 from support.cli import DataError
-from support.readers import (
-    TOOL_PROMPT,
-    Message,
-    call_spans,
-    list_elements,
-    read_samples,
-)
+from support.readers import TOOL_PROMPT, Message, call_spans, read_record, read_samples
+from support.records import list_elements, read_records
 from tiny import apigen, write
 
 
@@ -152,6 +148,80 @@ def test_parts_give_the_true_roles(tmp_path):
             read_samples(write(tmp_path / "p.json", [record]))
 
 
+def test_content_parts_of_text_are_read(tmp_path):
+    parts = [{"type": "text", "text": "Hello "}, {"type": "text", "text": "world"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[:1]}]
+    sample, = read_samples(write(tmp_path / "p.json", [{"messages": messages}]))
+    assert turns(sample) == [("user", "Hello world", False), ("assistant", "Hello ", True)]
+    parts.append({"type": "image_url", "image_url": {"url": "x"}})
+    with pytest.raises(DataError, match="p.json, record 1: .*'image_url'"):
+        read_samples(write(tmp_path / "p.json", [{"messages": messages}]))
+
+
+def test_messages_keep_what_a_chat_template_takes():
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    answer = {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "R"}
+    result = {"role": "tool", "content": "x", "tool_call_id": "c1"}
+    messages = [{"role": "user", "content": "Go."}, answer, result]
+    sample = read_record({"messages": messages, "tools": json.dumps(tools)}, 0)
+    assert sample.tools == tools
+    parsed = call | {"function": {"name": "f", "arguments": {"a": 1}}}
+    assert [m.turn for m in sample.messages] == [
+        {},
+        None,
+        {"role": "assistant", "tool_calls": [parsed], "reasoning_content": "R"},
+        result,
+    ]
+    system = {"role": "system", "content": "Be brief."}
+    sample = read_record({"messages": [system, *messages], "tools": tools}, 0)
+    assert sample.messages[0].turn == system
+
+
+def native(record):
+    sample = read_record(record, 0, native_calls=True)
+    return [m.turn for m in sample.messages], sample.tools
+
+
+def test_native_calls_of_apigen():
+    record, = apigen(1)
+    turns, tools = native(record)
+    tool, = json.loads(record["tools"])
+    assert tools == [{"type": "function", "function": tool}]
+    assert turns[:2] == [{}, None]
+    call, = turns[2]["tool_calls"]
+    assert [call["function"]] == json.loads(record["answers"])
+    assert len(call["id"]) == 9
+    assert read_record(record, 0).tools is None
+
+
+def test_native_calls_of_sharegpt():
+    calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]
+    conversations = [
+        {"from": "human", "value": "Go."},
+        {"from": "function_call", "value": json.dumps(calls)},
+        {"from": "observation", "value": "one"},
+        {"from": "observation", "value": "two"},
+        {"from": "function_call", "value": json.dumps(calls[0])},
+        {"from": "observation", "value": "three"},
+        {"from": "gpt", "value": "Done."},
+    ]
+    record = {"conversations": conversations, "system": "Be brief.", "tools": '[{"name": "f"}]'}
+    turns, tools = native(record)
+    assert tools == [{"type": "function", "function": {"name": "f"}}]
+    assert turns[0] == {"role": "system", "content": "Be brief."}
+    assert [call["function"] for call in turns[2]["tool_calls"]] == calls
+    asked = [call["id"] for i in (2, 5) for call in turns[i]["tool_calls"]]
+    assert asked == [turns[i]["tool_call_id"] for i in (3, 4, 6)]
+    assert len(set(asked)) == 3
+    with pytest.raises(ValueError):
+        conversations[1]["value"] = "search(rice)"
+        native(record)
+
+    without = {"conversations": [conversations[0], conversations[-1]]}
+    assert read_record(without, 0, native_calls=True) == read_record(without, 0)
+
+
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
     (tmp_path / "b.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(apigen(2)).encode())
     assert len(read_samples(str(tmp_path / "b.json"))) == 2
@@ -196,8 +266,24 @@ good = json.dumps(GOOD)
     ("u.json", [{"conversations": [MARTIAN, GPT]}], ["u.json, record 1", "martian"]),
     ("u.json", [{"messages": [IMAGE]}], ["u.json, record 1", "list"]),
     ("u.json", [{"query": "q", "answers": "[]"}], ["u.json, record 1", "tools"]),
+    ("u.json", [{"query": "q", "answers": None, "tools": []}], ["u.json, record 1", "answers is"]),
     ("u.json", [GOOD, {"conversations": [USER, NO_TEXT]}], ["u.json, record 2"]),
     ("u.json", [GOOD, 7], ["u.json, record 2"]),
+    ("u.json", f"[{good}]\n[{good}]", ["u.json, line 2", "after the end of the list"]),
+    ("u.json", f"[{good}] and more", ["u.json, line 1", "after the end of the list"]),
+    ("u.json", f"[{good}]" + " " * 20 + "\n" * 2**20 + "]", ["after the end of the list"]),
+    ("u.json", "{\n" + good[1:] + good, ["u.json, line 2", "not JSON"]),
+    ("u.json", [{"messages": [], "tools": [{}]}], ["u.json, record 1", "no assistant turn"]),
+    ("u.json", [GOOD, {"messages": [{"role": "assistant", "content": "a\ud83d"}]}],
+     ["u.json, record 2", "'\\ud83d'"]),
+    ("u.json", [GOOD | {"id": "\ud83d"}], ["u.json, record 1", "surrogate"]),
+    ("u.json", [{"query": "q", "tools": [], "answers": ["\udc00"]}], ["record 1", "surrogate"]),
+    ("u.json", f'[{good},\n{{"query": {"9" * 5000}}}]', ["u.json, line 2", "digits"]),
+    ("u.jsonl", f'{good}\n{{"query": {"9" * 5000}}}', ["u.jsonl, line 2", "digits"]),
+    ("u.json", f"[{good},\n{'[' * 100_000}", ["u.json, line 2", "nested too deeply"]),
+    ("u.jsonl", f"{good}\n{{\"a\": {'[' * 100_000}", ["u.jsonl, line 2", "nested too deeply"]),
+    ("u.json", "{\n\"a\": " + "[" * 100_000, ["u.json, line 1", "nested too deeply"]),
+    ("u.jsonl", "version https://git-lfs.github.com/spec/v1\noid x", ["line 1", "git lfs pull"]),
     ("u.json", [], ["u.json", "no samples"]),
     ("u.json", "", ["u.json", "no samples"]),
     ("u.json[5:]", [GOOD], ["u.json[5:]", "no samples"]),
@@ -220,6 +306,17 @@ def test_files_that_cannot_be_read(tmp_path):
         read_samples(str(tmp_path / "latin.json"))
 
 
+TOO_LONG = ['[{}, {"query": "%s"}]', '{}\n{"query": "%s"}\n', '{\n"q": "%s"}']
+
+
+@pytest.mark.parametrize("text", TOO_LONG)
+def test_a_record_that_is_too_long_is_not_read(tmp_path, text):
+    path = write(tmp_path / "l.json", text % ("x" * 3 * 2**20))
+    assert len(list(read_records(path))) in (1, 2)
+    with pytest.raises(DataError, match=r"l.json, line \d: .*1,000,000 characters"):
+        list(read_records(path, longest=10**6))
+
+
 # --------------------------------------------------------------------------------------------------
 # Token roles, read off the structure of calls
 
@@ -240,6 +337,13 @@ def test_call_spans():
     assert fixed.count("arguments") == 2
     assert re.sub(r'name|arguments|[\s\[\]{}:,"]', "", fixed) == ""
     assert call_spans('[{"name": "never closed}]') is None
+
+
+@pytest.mark.parametrize("text", [r'"\" b ', '"a', "\\", "[{ x", " ", '"": {'])
+def test_call_spans_take_linear_time(text):
+    start = time.perf_counter()
+    call_spans('[{"name": "' + text * (200_000 // len(text)))
+    assert time.perf_counter() - start < 2
 
 
 # --------------------------------------------------------------------------------------------------

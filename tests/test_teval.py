@@ -4,12 +4,12 @@ import json
 import os
 import random
 import re
+import time
 
 import numpy as np
 import pytest
 
 from benchmarks import teval
-from benchmarks.matching import best_matching
 from benchmarks.teval_replies import parse
 from support.cli import DataError
 from tiny import write
@@ -74,6 +74,24 @@ def test_folder(tmp_path):
         with pytest.raises(DataError):
             teval.items(str(tmp_path))
     with pytest.raises(DataError, match="both review_str_v1.json and review_str_v2.json"):
+        teval.items(str(tmp_path))
+
+
+def test_languages_and_subsets(tmp_path):
+    english = {"plan_json_v2_subset.json": "a", "review_str_v2_subset.json": "b"}
+    chinese = {"plan_json_v2_zh.json": "c", "review_str_v2_subset_zh.json": "d"}
+    for name, key in (english | chinese).items():
+        truth = PLAN if "plan" in name else {"answer": "B"}
+        write(tmp_path / name, {key: record(truth, meta={"API_list": []})})
+    assert [i.id for i in teval.items(str(tmp_path))] == ["plan_json_a", "review_str_b"]
+    assert [i.id for i in teval.items(str(tmp_path), "zh")] == ["plan_json_c", "review_str_d"]
+
+    write(tmp_path / "review_str_v2.json", {})
+    with pytest.raises(DataError, match="both review_str_v2.json and review_str_v2_subset.json"):
+        teval.items(str(tmp_path))
+    for name in ("review_str_v2.json", *english):
+        (tmp_path / name).unlink()
+    with pytest.raises(DataError, match="no files in English, but 2 in Chinese.*--language zh"):
         teval.items(str(tmp_path))
 
 
@@ -202,7 +220,7 @@ def test_retrieve_str(items, output, name):
 
 
 @pytest.mark.parametrize("output, args", [
-    ("Up", 1), ("'Up'", 1), ('"Up"', 1), ("Up.", 0), (" Up", 0)])
+    ("Up", 1), ("'Up'", 1), ('"Up"', 1), ("Up.", 0), (" Up", 1)])
 def test_understand_str(items, output, args):
     assert parts(items, "understand_str", output) == {"args": args}
 
@@ -224,42 +242,73 @@ def test_understand_json(tmp_path, args, output, score):
     assert teval.judge(item, json.dumps({"args": output}))["parts"]["args"] == score
 
 
-def test_matching():
-    """Against all matchings there are."""
+def test_steps_in_order_against_all_matchings():
     rng = np.random.default_rng(0)
     for n, m in [*itertools.product(range(1, 5), range(1, 6))] * 10:
-        weight = rng.random((n, m)) * (rng.random((n, m)) < 0.7)
-        pairs = best_matching(weight)
-        assert len({i for i, _ in pairs}) == len({j for _, j in pairs}) == len(pairs)
-        assert all(weight[p] > 0 for p in pairs)
-        short = weight if n <= m else weight.T
-        best = 0
-        for columns in itertools.permutations(range(max(n, m)), min(n, m)):
-            best = max(best, sum(short[i, j] for i, j in enumerate(columns)))
-        assert sum(weight[p] for p in pairs) == pytest.approx(best)
-    assert best_matching(np.zeros((3, 2))) == []
-    assert best_matching(np.ones((3, 3))) == [(0, 0), (1, 1), (2, 2)]
+        similarity = 0.7 + 0.3 * rng.random((n, m))
+        weight = np.where(similarity > 0.8, similarity, 0)
+        best = (0.0, 0)
+        for columns in itertools.permutations(range(max(n, m)), n):
+            pairs = [(i, j) for i, j in enumerate(columns) if j < m and weight[i, j]]
+            total = sum(weight[i, j] for i, j in pairs)
+            best = max(best, (total, longest_increasing([j for _, j in pairs])))
+        assert teval.steps_in_order(similarity) == best[1]
 
 
-def test_matching_against_scipy():
-    optimize = pytest.importorskip("scipy.optimize")
-    rng = np.random.default_rng(0)
-    for n, m in [(20, 20), (7, 31), (31, 7), (60, 50)]:
-        weight = rng.random((n, m)).round(1)
-        weight = np.where(weight > 0.5, weight, 0)
-        rows, columns = optimize.linear_sum_assignment(-weight)
-        total = sum(weight[p] for p in best_matching(weight))
-        assert total == pytest.approx(weight[rows, columns].sum())
+def longest_increasing(values):
+    """By trying all subsequences."""
+    for length in range(len(values), 0, -1):
+        if any(list(c) == sorted(c) for c in itertools.combinations(values, length)):
+            return length
+    return 0
+
+
+def test_a_plan_that_repeats_a_step():
+    """Whichever of its equal steps are matched, it is right; upstream's matching crosses them."""
+    plan = [(0, NAMES[0], "{}"), (1, NAMES[0], "{}"), (2, NAMES[1], "{}")]
+    output = plan_text(*((name, args) for _, name, args in plan))
+    got = teval.judge_plan({"plan": plan}, output, "json", same)
+    assert got["f1"] == 1
+    assert got["f1_upstream"] == pytest.approx(2 / 3)
 
 
 def test_embedding():
     texts = ["", "Film.search", "film.search", "Film.search_all", "查询", "\ud800", "x" * 5000]
     similar = teval.cosine(teval.lexical_trigrams(texts), teval.lexical_trigrams(texts))
-    assert (np.diag(similar) == 1).all()
-    assert similar[1, 2] == 1
+    assert np.diag(similar) == pytest.approx(np.ones(7))
+    assert similar[1, 2] == pytest.approx(1)
     assert 0.6 < similar[1, 3] < 1
     assert similar[1, 4] < 0.5
     assert teval.cosine(-teval.lexical_trigrams(["a"]), teval.lexical_trigrams(["a"])) == 0
+
+
+RIGHT = {
+    "instruct_json": '{"goal": "x", "name": "Film.search", "args": {"title": "Up", "year": 2009}}',
+    "instruct_string": "Goal: x\nName: Film.search\nArgs: {'title': 'Up', 'year': 2009}",
+    "plan_json": plan_text(FILM, MAIL), "rru_json": json.dumps(STEP),
+    "reason_str": STEP["thought"], "retrieve_str": "Film.search", "understand_str": "Up",
+    "review_str": "Answer: B"}
+
+
+@pytest.mark.parametrize("damage", [
+    "```json\n{}\n```", "```json{}```", "`{}`", "  \n{}\n ", "{}<|im_end|>\n", "{}<eoa>{}",
+    "{}\nuser: more", "{}\nassistant\n{}", "{}\nUSER: B", "{}[INST] more", "{}<|user|>more",
+    "{}<TOKENS_UNUSED_1>", "```json\n{}\n```\n<|im_end|>" + "x" * 1_000_000])
+def test_a_reply_is_cleaned_as_upstream_cleans_it(items, damage):
+    for category, reply in RIGHT.items():
+        output = damage.replace("{}", reply)
+        assert teval.judge(items[category], output)["correct"], category
+
+
+def test_a_reply_that_is_too_long_is_wrong(items):
+    for category, item in items.items():
+        for output in ("B" * 10_001, "[1]" * 500_000, "Film.search\n" * 100_000):
+            start = time.perf_counter()
+            verdict = teval.judge(item, output)
+            assert time.perf_counter() - start < 1
+            assert not verdict["correct"], category
+            assert verdict["parts"] == {}
+            assert verdict["reason"] == "longer than 10,000 characters"
 
 
 HUGE = "0x" + "f" * 10_000             # an integer that Python refuses to print
@@ -371,7 +420,7 @@ def test_every_reference_is_right(tmp_path):
                          ("retrieve", "retrieve_str"), ("understand", "understand_str")]:
         source = os.path.join(folder, f"schema_zh_{schema}.json")
         os.symlink(source, tmp_path / f"{name}_v1_zh.json")
-    found += teval.items(str(tmp_path))
+    found += teval.items(str(tmp_path), "zh")
     assert len(found) == 850
 
     verdicts = []

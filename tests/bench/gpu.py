@@ -169,7 +169,7 @@ def measure_step(config, master, recompute, batch, length, device, repeats, ceil
     flops = tokens.numel() * flops_per_token(config, model, length)
     return {"tokens/s": tokens.numel() / trained, "MFU": flops / trained / ceiling,
             "peak GiB": most / 2**30, "label pass, tokens/s": tokens.numel() / labelled,
-            "x training": trained / labelled}
+            "label pass, x training": trained / labelled}
 
 
 def measure_decoding(config, prompts, length, new, device, repeats):
@@ -211,7 +211,7 @@ def plan_steps(tiny: bool, device: str, repeats: int, ceiling: float) -> list:
     rows = []
     for name, master, recompute in settings:
         config = TINY if tiny else SHAPES[name]
-        what = {"model": name, "master weights": master, "recompute": recompute,
+        what = {"model": "tiny" if tiny else name, "master weights": master, "recompute": recompute,
                 "batch": f"{batch} x {length}"}
         arguments = (config, master, recompute, batch, length, device, repeats, ceiling)
         rows.append((what, measure_step, arguments))
@@ -220,11 +220,12 @@ def plan_steps(tiny: bool, device: str, repeats: int, ceiling: float) -> list:
 
 def plan_decoding(tiny: bool, device: str, repeats: int) -> list:
     length, new = (16, 4) if tiny else (512, 128)
-    config = TINY if tiny else SHAPES["1B (Llama 3.2)"]
+    name = "1B (Llama 3.2)"
+    config = TINY if tiny else SHAPES[name]
     rows = []
     for prompts in (1, 8, 64):
-        what = {"model": "1B (Llama 3.2)", "prompts": prompts, "prompt tokens": length,
-                "new tokens": new}
+        what = {"model": "tiny" if tiny else name, "prompts": prompts,
+                "prompt tokens": length, "new tokens": new}
         rows.append((what, measure_decoding, (config, prompts, length, new, device, repeats)))
     return rows
 
@@ -246,7 +247,8 @@ def describe_machine(tiny: bool, device: str) -> dict:
                "python": platform.python_version()}
     size = 256 if tiny else 8192
     for dtype in (torch.float32, torch.bfloat16):
-        machine[f"{dtype} FLOP/s of a plain product"] = measure.product_speed(dtype, device, size)
+        speed = measure.product_speed(dtype, device, size)
+        machine[f"TFLOP/s of a plain product, {dtype}"] = speed / 1e12
     if device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
         machine["GiB"] = torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -265,7 +267,9 @@ def to_markdown(report: dict) -> str:
 
 
 def rounded(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def main():
@@ -276,7 +280,7 @@ def main():
     device = "cpu" if options.tiny else "cuda"
     os.makedirs(options.out, exist_ok=True)
     machine = describe_machine(options.tiny, device)
-    ceiling = machine["torch.bfloat16 FLOP/s of a plain product"]
+    ceiling = 1e12 * machine["TFLOP/s of a plain product, torch.bfloat16"]
     report = {"machine": machine, "head": [], "step": [], "decoding": []}
     plan = {"head": plan_heads(options.tiny, device, options.repeats),
             "step": plan_steps(options.tiny, device, options.repeats, ceiling),
