@@ -173,8 +173,8 @@ def rewardft(losses, rewards, is_output, totals, options):
 def reward_weights(rewards):
     """The weight of each token by its reward: sigmoid(r), between 0 and 1, a half for r = 0.
 
-    The paper uses the rewards as weights and says no more. A reward can be negative, and a negative
-    weight would push a loss up without bound; the sigmoid is this file's reading.
+    A reward can be negative, and a negative weight would push a loss up without bound. How the
+    paper makes a weight of it is not known here; the sigmoid is this file's reading.
     """
     return rewards.float().sigmoid()
 

@@ -3,7 +3,7 @@
     labels = regex_labels(dataset)      # (output tokens,) bool, False for format tokens
 
 Unlike SHAD's they come from somebody's knowledge of the formats, and know nothing of wording that
-every sample repeats. The paper does not print its expressions; these are this project's.
+every sample repeats. The expressions are this project's own, not the paper's.
 """
 import itertools
 import re
@@ -20,7 +20,8 @@ from support.templates import TOKEN_ROLES, token_roles
 # between two quotes is not, which the group leaves out.
 JSON = r'"(?:name|arguments|parameters)"(?=\s*:)|[\[\]{}:,\s]+|"((?:[^"\\]|\\.)*)"'
 
-# (which part of an output text, the group if there is one; what is format there, less its group)
+# (where in an output text, what is format there); a group in the first narrows it to the group, a
+# group in the second is what is not format
 TABLE = {
     # APIGen, messages with tool calls, ShareGPT's function calls: the JSON that ends a text ...
     "calls": (r'(?:\[\s*)?\{\s*"name"\s*:.*\}(?:\s*\])?\s*(?:</tool_call>\s*)?\Z', JSON),

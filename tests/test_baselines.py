@@ -16,6 +16,7 @@ from shad import load_labels, token_losses
 from support.cli import DataError
 from support.readers import read_record, toy_samples
 from support.templates import Renderer
+from test_chat_template import TEMPLATES, make_chat_checkpoint
 from tiny import apigen, make_checkpoint, read_lines, relative, talk, write
 from toy.task import POOLS, toy_pairs
 
@@ -71,6 +72,22 @@ def test_regex_labels_of_context_turns_and_of_both_templates(chatml, plain):
         assert len(labels) == dataset.output_starts[-1]
         assert labels[:-1].all()
         assert not labels[-1]                           # the end of the turn
+
+
+def test_regex_labels_of_calls_that_a_chat_template_writes(tmp_path):
+    directory = make_chat_checkpoint(tmp_path, TEMPLATES["drops earlier reasoning"])
+    record, = apigen(1)
+    sample = read_record(record, 0, native_calls=True)
+    dataset = Dataset([sample], Renderer(directory, native_calls=True))
+    pieces, = dataset.renderer.output_pieces(sample)
+    labels = regex_labels(dataset)
+    reasoning = "".join(piece for piece, label in zip(pieces, labels, strict=True) if label)
+    call, = json.loads(record["answers"])
+    values = [str(value) for value in call["arguments"].values()]
+    expected = [call["name"]]
+    for name, value in zip(call["arguments"], values, strict=True):
+        expected += [name, value]
+    assert "".join(reasoning.split()) == "".join(expected)
 
 
 # --------------------------------------------------------------------------------------------------
