@@ -214,7 +214,7 @@ def cache_directory(paths, files, renderer, max_length) -> str:
     for path, file in zip(paths, files, strict=True):
         state = os.stat(file)
         states.append((os.path.abspath(path), state.st_size, state.st_mtime_ns))
-    key = json.dumps([3, states, renderer.fingerprint, renderer.template, renderer.bos,
+    key = json.dumps([4, states, renderer.fingerprint, renderer.template, renderer.bos,
                       renderer.vocab_size, renderer.end, max_length])
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     root = os.path.join(cache, "shad-rft")

@@ -73,7 +73,7 @@ def test_output_pieces_of_the_toy_mark_its_format(tmp_path):
 
 def test_true_roles_are_scored_on_samples_that_were_not_shuffled():
     difference = np.array([1.0, -1.0, 1.0, -1.0], np.float32)
-    roles = {"reasoning": np.array([True, False, False, True])}
+    roles = {"reasoning": np.array([True, False, False, True]), "boundary": np.zeros(4, bool)}
     losses = np.zeros(4, np.float32)
 
     unshuffled = np.array([True, True, False, False])
@@ -94,7 +94,7 @@ def test_true_roles_are_scored_on_samples_that_were_not_shuffled():
 def test_the_summary_says_which_samples_are_scored(unshuffled, where):
     difference = np.array([1.0, -1.0], np.float32)
     losses = np.zeros(2, np.float32)
-    roles = {"reasoning": np.array([True, False])}
+    roles = {"reasoning": np.array([True, False]), "boundary": np.zeros(2, bool)}
     summary = summarize(
         difference, difference > 0, losses, losses, np.full(2, unshuffled), roles)
     assert where in format_summary(summary | {"samples": 2, "shuffled": 2})

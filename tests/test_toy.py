@@ -20,7 +20,7 @@ def test_toy_is_deterministic_and_its_parts_are_its_text(held_out):
         system, user, assistant = sample.messages
         assert "".join(text for text, _ in assistant.role_spans) == assistant.text
         roles = {role for _, role in assistant.role_spans}
-        assert roles == {"reasoning", "format", "connecting"}
+        assert roles == {"reasoning", "format", "connecting", "boundary"}
         answer = re.fullmatch(
             r"Thought: .+\nAction: (\S+)\nAction Input: (\{.+\})", assistant.text)
         tool, arguments = answer.groups()
