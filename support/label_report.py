@@ -123,11 +123,11 @@ def format_check(check: dict, top_tenth_rise: float) -> str:
     """The line of a summary that says whether the discriminator has unlearned to use its input."""
     right = check["loss_right_input"]
     wrong = check["loss_wrong_input"]
+    losses = f"loss {right:.2f} with the right input, {wrong:.2f} with a wrong one"
     if check["uses_input"]:
-        return (f"  the discriminator still uses its input (loss {right:.2f} with the right input, "
-                f"{wrong:.2f} with a wrong one): raise --lr or --shuffle")
-    return (f"  the discriminator no longer uses its input: loss {right:.2f} with the right one, "
-            f"{wrong:.2f} with a wrong one; the top tenth's loss rose by {top_tenth_rise:.2f}")
+        return f"  the discriminator still uses its input ({losses}): raise --lr or --shuffle"
+    return (f"  the discriminator has unlearned to use its input ({losses}); "
+            f"the loss of the top tenth of tokens rose by {top_tenth_rise:.2f}")
 
 
 def output_pieces(dataset, i: int) -> list[tuple[str, bool]]:

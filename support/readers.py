@@ -333,7 +333,7 @@ def call_spans(text: str) -> list[tuple[str, str]] | None:
 
     Function names, argument names and values are reasoning; fixed keys ("name", "arguments") and
     punctuation that opens something are format. Boundary is what ends a name or value (its closing
-    quote), goes on or closes (, } ]), or tells a number from a string (white space after : or ,).
+    quote), goes on or closes (, } ]), or tells a number from a string (the white space before it).
     The texts concatenate to `text`; None where a string never ends.
     """
     spans = []
@@ -357,10 +357,11 @@ def call_spans(text: str) -> list[tuple[str, str]] | None:
             spans.append(('"', "format"))
             spans.append((token[1:-1], "format" if is_fixed else "reasoning"))
             spans.append(('"', "format" if is_fixed else "boundary"))
-        elif token in ",}]" or (token.isspace() and previous in (":", ",")):
-            spans.append((token, "boundary"))
-        elif token in "{[:" or token.isspace():
-            spans.append((token, "format"))
+        elif token.isspace():
+            before_number = text[position:position + 1] not in ('"', *"{}[]", "")
+            spans.append((token, "boundary" if before_number else "format"))
+        elif token in "{}[]:,":
+            spans.append((token, "format" if token in "{[:" else "boundary"))
         else:
             spans.append((token, "reasoning"))
         if not token.isspace():
