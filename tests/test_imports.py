@@ -50,11 +50,11 @@ MAY_IMPORT = {
     "data": {"model", "support"},          # to resolve hub ids
     "shad": {"model", "data", "support"},
     "eval": {"model", "data", "shad", "support", "benchmarks"},
-    "train": {"rft", "model", "data", "shad", "eval", "support", "baselines"},
+    "train": {"rft", "model", "data", "support", "baselines"},
     "baselines": {"rft", "model", "data", "shad", "train", "support", "baselines"},
     "support": {"support"},
     "benchmarks": {"support", "benchmarks"},
-    "toy": {"model", "support", "toy"},
+    "toy": {"model", "data", "shad", "train", "eval", "support", "toy"},
 }
 
 
