@@ -416,6 +416,9 @@ def print_summary(options: Options, summary: dict) -> None:
     if options.bench != "toy":
         for name, value in headline_figures(summary.get("figures", {})):
             print(f"{printable(name)} {value:.4f}")
+    faults = summary.get("figures", {}).get("data_faults")
+    if faults:
+        print(f"{len(faults)} items have faulty data: see data_faults in summary.json")
     losses = summary.get("losses", {})
     by_kind = losses if options.bench == "toy" else {"loss": losses}
     for kind, groups in by_kind.items():

@@ -42,7 +42,6 @@ class Options:
 VARIANTS = {
     "rft, 1/tau 0.2": {"tau": 5.0},
     "rft, 1/tau 0.5": {"tau": 2.0},
-    "rft, 1/tau 1": {"tau": 1.0},
     "rft, scope batch": {"scope": "batch"},
     "rft, sums": {"reduce": "sum"},
     "rft, not detached": {"detach": "no"},
@@ -150,8 +149,10 @@ def curves(runs: list[dict]) -> str:
             losses = np.array([[step[f"loss_{group}"] for step in run[name]["metrics"]]
                                for run in runs], float)
             if np.isfinite(losses).all():
-                means = losses[:, :losses.shape[1] // 8 * 8].reshape(len(runs), -1, 8).mean(-1)
-                series[name] = band(8 * np.arange(1, means.shape[1] + 1), means)
+                width = max(1, losses.shape[1] // 25)           # steps per point
+                points = losses.shape[1] // width
+                means = losses[:, :points * width].reshape(len(runs), points, width).mean(-1)
+                series[name] = band(width * np.arange(1, points + 1), means)
         panels += line_plot(f"{group.capitalize()} tokens", "step", "training loss (nats)", series,
                             log_y=True)
     return f'<div class="panels">{panels}</div>'
