@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 8 shad.py --model ... --data a.json b.json --out labels
     python shad.py --model toy --data toy[:300] --out labels --shuffle 100 --lr 1e-3 --epochs 4
 
-The last takes seconds, offline. Writes labels.safetensors, labels.html and summary.json.
+The last takes seconds, offline. Writes labels.safetensors, labels.html and summary.json; with
+--export also a JSON Lines file for other trainers.
 
 Ye et al. 2024 (arXiv 2412.14780), three steps:
   1. shuffle   which output belongs to which input, in a small part of the data;
@@ -51,6 +52,7 @@ from support.distributed import (
     should_shard,
     sum_over_ranks,
 )
+from support.export import export_labels
 from support.files import claim, damaged_file, release, remove_folder, replacing, write_json
 from support.label_report import format_summary, labels_page, summarize
 from support.parts import (
@@ -71,6 +73,8 @@ class Options:
     data: list = option([], "training data, one or more files; a slice may follow: "
                             "train.json[:300]", required=True)
     out: str = option("", "directory for labels.safetensors and labels.html", required=True)
+    export: str = option(None, "also write the labels to this JSON Lines file, for other trainers; "
+                               "labels that --out holds already are exported as they are")
     # shuffle
     shuffle: float = option(0.01, "share of the samples to shuffle, but no fewer than 96 if there "
                                   "are as many; above 1: how many")
@@ -283,6 +287,12 @@ def classify(loss_difference, threshold: float = 0.0):
     return loss_difference > threshold
 
 
+# What labels may be of each output token: the name of the array, and the command that makes it.
+KINDS = {"shad": ("loss_difference", "shad.py"),
+         "reference": ("loss", "python -m baselines.reference"),
+         "reward": ("reward", "python -m baselines.reference --minus")}
+
+
 @dataclass
 class Labels:
     """SHAD's labels; labels[a:b], (b - a,) bool, is True for the reasoning tokens among a to b.
@@ -297,56 +307,64 @@ class Labels:
         return classify(self.difference[tokens], self.threshold)
 
 
-def save_labels(directory, difference, dataset: Dataset, base_model, threshold, seed) -> None:
+def save_labels(directory, values, dataset: Dataset, made_from: dict, kind="shad") -> None:
     """Write labels.safetensors.
 
-    loss_difference: (output tokens,) float32 in data order. offsets: (samples + 1,) int64, where
-    the output tokens of each sample begin.
+    values: (output tokens,) in data order, kept as float32 under the name that the kind has in
+    KINDS. offsets: (samples + 1,) int64, where the output tokens of each sample begin. made_from:
+    what else is kept, with what the data is known by, as metadata.
     """
-    made_from = {"base_model": base_model, "threshold": threshold, "seed": seed}
     metadata = {"shad": json.dumps(dataset.fingerprint | made_from)}
-    arrays = {"loss_difference": difference.astype(np.float32),
+    name, _ = KINDS[kind]
+    arrays = {name: values.astype(np.float32),
               "offsets": dataset.output_starts.astype(np.int64)}
     with replacing(os.path.join(directory, "labels.safetensors"), "wb") as file:
         file.write(save(arrays, metadata))
 
 
-def load_labels(path: str, dataset: Dataset) -> Labels:
-    """The labels of a file or of the directory it lies in; losses are read as they are asked for.
+def load_labels(path: str, dataset: Dataset, kind="shad"):
+    """The labels of a file or of the directory it lies in; values are read as they are asked for.
 
-    Raises DataError, naming what differs, when they were not made from this data with this
-    tokenizer and template.
+    kind "shad": a Labels. "reference" and "reward": values[a:b], (b - a,) float32, are the
+    reference model's losses or the rewards of the output tokens a to b. Raises DataError, naming
+    what differs, when they are of another kind, or not made from this data with this tokenizer and
+    template.
     """
+    name, command = KINDS[kind]
     if os.path.isdir(path):
         path = os.path.join(path, "labels.safetensors")
     try:
         file = safe_open(path, framework="numpy")
         made_from = json.loads(file.metadata()["shad"])
-        threshold = float(made_from["threshold"])
-        difference = file.get_slice("loss_difference")
+        [found] = set(file.keys()) - {"offsets"}
+        values = file.get_slice(found)
         starts = file.get_tensor("offsets")
         if starts.ndim != 1 or starts.dtype != np.int64:
             raise ValueError("offsets is not one row of int64")
-        if difference.get_dtype() != "F32" or difference.get_shape() != [starts[-1]]:
-            raise ValueError("loss_difference is not float32 of as many tokens as offsets say")
-        if not np.isfinite(threshold) or not np.isfinite(difference[:]).all():
+        if values.get_dtype() != "F32" or values.get_shape() != [starts[-1]]:
+            raise ValueError(f"{found} is not float32 of as many tokens as offsets say")
+        threshold = float(made_from["threshold"]) if found == "loss_difference" else 0.0
+        if not np.isfinite(threshold) or not np.isfinite(values[:]).all():
             raise ValueError("not all of it is finite")
     except Exception as e:                      # safetensors raises its own type, and others
         raise DataError(f"{path} cannot be read as labels ({type(e).__name__}: {e}); "
-                        "make it with shad.py.") from None
+                        f"make it with {command}.") from None
+    if found != name:
+        raise DataError(f"{path} holds {found} per token where {name} is needed; "
+                        f"make it with {command}.")
     differing = [k for k, value in dataset.fingerprint.items() if made_from.get(k) != value]
     if differing:
         verb = "differs" if len(differing) == 1 else "differ"
         raise DataError(f"{path} does not fit: its {' and '.join(differing)} {verb} from this "
-                        "run's; run shad.py again with the same --data, --model and --template.")
+                        f"run's; run {command} again with the same --data, --model and --template.")
     if len(starts) != len(dataset.output_starts) or starts[0] != 0:
         raise DataError(f"{path} does not fit: it is of {len(starts) - 1} samples, not of "
-                        f"{len(dataset.output_counts)}; run shad.py again.")
+                        f"{len(dataset.output_counts)}; run {command} again.")
     if not np.array_equal(starts, dataset.output_starts):
         i = int(np.flatnonzero(np.diff(starts) != dataset.output_counts)[0])
         raise DataError(f"{path} does not fit: sample {dataset.samples[i].id!r} is in only one of "
-                        "the two; use the --max-length that shad.py was run with.")
-    return Labels(difference, threshold)
+                        f"the two; use the --max-length that {command} was run with.")
+    return Labels(values, threshold) if kind == "shad" else values
 
 
 # --------------------------------------------------------------------------------------------------
@@ -395,7 +413,7 @@ def run(options: Options, dataset: Dataset, model: Transformer):
 
 def run_settings(options: Options, dataset: Dataset) -> dict:
     """What must be the same for a run that resumes."""
-    may_change = ("out", "data", "threshold", "shard")      # data is compared by its content
+    may_change = ("out", "export", "data", "threshold", "shard")    # of data the content counts
     settings = {k: value for k, value in asdict(options).items() if k not in may_change}
     return settings | dataset.fingerprint
 
@@ -422,7 +440,8 @@ def write_results(options: Options, dataset: Dataset, base_losses, tuned_losses,
     write_page(os.path.join(options.out, "labels.html"),
                "SHAD: reasoning and boilerplate tokens", page)
     # last, since the presence of the labels says that everything is there
-    save_labels(options.out, difference, dataset, options.model, options.threshold, options.seed)
+    save_labels(options.out, difference, dataset, {
+        "base_model": options.model, "threshold": options.threshold, "seed": options.seed})
     remove_folder(os.path.join(options.out, "parts"))
     print(format_summary(summary))
     return summary
@@ -432,7 +451,8 @@ def main():
     options = parse_options(Options, __doc__)
     device = init_distributed()
     rank, _ = rank_and_world()
-    if os.path.exists(os.path.join(options.out, "labels.safetensors")):
+    labelled = os.path.exists(os.path.join(options.out, "labels.safetensors"))
+    if labelled and not options.export:
         raise DataError(f"{options.out}/labels.safetensors is there already; "
                         "choose another --out, or remove it.")
     barrier()                                       # every rank has looked
@@ -443,9 +463,14 @@ def main():
                            options.native_calls)
     if rank == 0:
         print(dataset.describe())
-    shard = partial(shard_model, device=device) if should_shard(options.shard, device) else None
-    run(options, dataset, Transformer.from_pretrained(options.model, device=device, shard=shard))
-    if rank == 0:
+    if not labelled:
+        shard = partial(shard_model, device=device) if should_shard(options.shard, device) else None
+        model = Transformer.from_pretrained(options.model, device=device, shard=shard)
+        run(options, dataset, model)
+    if options.export and rank == 0:
+        export_labels(options.export, dataset, load_labels(options.out, dataset))
+        print(f"\nwrote {options.export}, one line per sample: {len(dataset.kept):,}")
+    if rank == 0 and not labelled:
         arguments = ["--model", options.model, "--data", *options.data,
                      "--max-length", str(options.max_length), "--template", options.template,
                      *(["--native-calls"] if options.native_calls else []),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("support", "benchmarks", "toy")
+FOLDERS = ("support", "benchmarks", "baselines", "toy")
 
 
 def module_name(path):
@@ -50,7 +50,8 @@ MAY_IMPORT = {
     "data": {"model", "support"},          # to resolve hub ids
     "shad": {"model", "data", "support"},
     "eval": {"model", "data", "shad", "support", "benchmarks"},
-    "train": {"rft", "model", "data", "shad", "eval", "support"},
+    "train": {"rft", "model", "data", "shad", "eval", "support", "baselines"},
+    "baselines": {"rft", "model", "data", "shad", "train", "support", "baselines"},
     "support": {"support"},
     "benchmarks": {"support", "benchmarks"},
     "toy": {"model", "support", "toy"},
