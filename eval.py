@@ -322,6 +322,7 @@ def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
 
 def generate_outputs(bench, model, renderer, items, options: Options, settings: dict) -> dict:
     """{item id: output} of a checkpoint, saved in options.out."""
+    on_rank_0(claim_out, options)
     respond = make_responder(model, renderer, settings["max_new_tokens"], options.max_length,
                              options.cache_tokens)
     if hasattr(bench, "run"):
@@ -457,7 +458,7 @@ def check_options(options: Options) -> None:
                         f"{len(options.data)}.")
 
 
-def claim_out(options: Options) -> None:
+def claim_out(options: Options, create: bool = True) -> None:
     """Take OUT for this evaluation; a summary of another one in it is not replaced."""
     evaluation = ["eval.py", options.bench]
     for name in ("model", "predictions", "data"):
@@ -465,7 +466,7 @@ def claim_out(options: Options) -> None:
             evaluation += [f"--{name}", *np.atleast_1d(getattr(options, name))]
     names = ["summary.json", "verdicts.jsonl"]
     names += [f"outputs.{rank}.jsonl" for rank in range(rank_and_world()[1])]
-    on_rank_0(claim, options.out, names, shlex.join(evaluation))
+    claim(options.out, names, shlex.join(evaluation), create)
 
 
 def main():
@@ -473,7 +474,7 @@ def main():
     check_options(options)
     device = init_distributed()
     if options.out:
-        claim_out(options)
+        on_rank_0(claim_out, options, False)
     rank, _ = rank_and_world()
     if options.bench == "loss":
         path = resolve(options.model)
@@ -489,6 +490,7 @@ def main():
         return
     print_summary(options, summary)
     if options.out:
+        claim_out(options)
         save_summary(options, summary, verdicts)
         release(options.out)
 

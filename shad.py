@@ -511,6 +511,11 @@ def write_results(options, dataset: Dataset, base_losses, tuned_losses, drawn, c
     return summary
 
 
+def claim_export(path: str, create: bool = True) -> None:
+    folder, name = os.path.split(path)
+    claim(folder or ".", [name], "shad.py --export", create)
+
+
 def main():
     options = parse_options(Options, __doc__)
     device = init_distributed()
@@ -520,7 +525,10 @@ def main():
         raise DataError(f"{options.out}/labels.safetensors is there already; "
                         "choose another --out, or remove it.")
     barrier()                                       # every rank has looked
-    on_rank_0(claim, options.out, FILES, "shad.py")
+    if not labelled:
+        on_rank_0(claim, options.out, FILES, "shad.py", False)
+    if options.export:
+        on_rank_0(claim_export, options.export, False)
     options.model = resolve(options.model)
     on_stop(stop_at_once(options.out))
     dataset = Dataset.load(options.data, options.model, options.template, options.max_length,
@@ -532,7 +540,9 @@ def main():
         model = Transformer.from_pretrained(options.model, device=device, shard=shard)
         run(options, dataset, model)
     if options.export and rank == 0:
+        claim_export(options.export)
         export_labels(options.export, dataset, load_labels(options.out, dataset))
+        release(os.path.dirname(options.export) or ".")
         print(f"\nwrote {options.export}, one line per sample: {len(dataset.kept):,}")
     if rank == 0 and not labelled:
         arguments = ["--model", options.model, "--data", *options.data,

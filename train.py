@@ -45,7 +45,7 @@ from support.checkpoints import (
     on_stop,
     open_metrics,
     save_checkpoint,
-    save_model,
+    save_last,
     stop_after_this_step,
     told_to_stop,
 )
@@ -364,8 +364,8 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
     bar.close()
     if rank == 0:
         log.close()
-    save_model(options.out, len(batches), model, optimizer, settings, options.keep,
-               dataset.renderer.directory)
+    save_last(options.out, len(batches), model, optimizer, settings, options.keep,
+              dataset.renderer.directory)
     release(options.out)
     return metrics
 
@@ -403,7 +403,7 @@ def main():
     check_labels(options)
     device = init_distributed()
     rank, _ = rank_and_world()
-    on_rank_0(claim, options.out, FILES, "train.py")
+    on_rank_0(claim, options.out, FILES, "train.py", False)
     if finished_before(options):
         return
     barrier()                                   # every rank has looked before one begins to write

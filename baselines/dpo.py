@@ -25,10 +25,11 @@ from data import Dataset, collate, epoch_batches, micro_batches
 from model import CheckpointError, Transformer, resolve
 from shad import token_losses
 from support import distributed
+from support.checkpoints import save_model
 from support.cli import DataError, option, parse_options, run_script
+from support.files import claim
 from support.readers import read_record, read_records, split_slice
 from support.templates import Renderer
-from train import save_model
 
 
 @dataclass
@@ -133,12 +134,14 @@ def main():
     if os.path.exists(os.path.join(options.out, "model", "config.json")):
         raise DataError(f"{options.out}/model already holds a trained model; "
                         "choose another --out, or remove it.")
+    distributed.on_rank_0(claim, options.out, ["model"], "baselines.dpo", False)
     dataset = Dataset(
         read_pairs(options.data), Renderer(path, options.template), options.max_length)
     sharded = distributed.should_shard(options.shard, device)
     shard = partial(distributed.shard_model, device=device) if sharded else None
     model = Transformer.from_pretrained(path, device=device, shard=shard)
     means = train_dpo(model, dataset, options)
+    distributed.on_rank_0(claim, options.out, ["model"], "baselines.dpo")
     save_model(model, path, os.path.join(options.out, "model"))
     if distributed.rank_and_world()[0] == 0:
         print(f"\ndpo: {len(means)} steps; of the last batch loss {means[-1][0]:.3f}, the chosen "

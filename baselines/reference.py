@@ -24,10 +24,12 @@ from support.cli import DataError, option, parse_options, run_script
 from support.distributed import (
     barrier,
     init_distributed,
+    on_rank_0,
     rank_and_world,
     shard_model,
     should_shard,
 )
+from support.files import claim
 
 
 @dataclass
@@ -54,6 +56,7 @@ def main():
         raise DataError(f"{options.out}/labels.safetensors is there already; "
                         "choose another --out, or remove it.")
     barrier()                                       # every rank has looked
+    on_rank_0(claim, options.out, ["labels.safetensors"], "baselines.reference", False)
     datasets = []
     for path in paths:
         datasets.append(Dataset.load(options.data, path, options.template, options.max_length,
@@ -74,7 +77,7 @@ def main():
     if rank > 0:
         return
 
-    os.makedirs(options.out, exist_ok=True)
+    claim(options.out, ["labels.safetensors"], "baselines.reference")
     made_from = {"base_model": options.model}
     if options.minus:
         made_from["minus"] = options.minus

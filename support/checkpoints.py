@@ -99,19 +99,26 @@ def give_up_folder(temporary: str) -> None:
             remove_folder(temporary)
 
 
-def save_model(out: str, step: int, model, optimizer, settings: dict, keep: int, tokenizer) -> None:
-    """Write OUT/model, a Hugging Face directory in the dtype of the base's own files.
-
-    tokenizer: the directory to copy it from. Where writing fails, on a full disk say, a checkpoint
-    of the last step is tried instead. Raises DataError then, on all ranks, and for weights that
-    are not finite.
-    """
+def stored_dtype(model) -> torch.dtype | None:
+    """The dtype of the base's own files."""
     stored = model.config.extra                         # transformers 5 says dtype, 4 torch_dtype
-    dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")), None)
-    for name in not_finite(model, dtype):
-        raise DataError(f"after step {step} {name} is not finite; lower --lr. "
+    return getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")), None)
+
+
+def check_weights(model) -> None:
+    """Raise DataError for weights that are not finite as they are to be stored."""
+    for name in not_finite(model, stored_dtype(model)):
+        raise DataError(f"after the last step {name} is not finite; lower --lr. "
                         "The checkpoints made before are as they were.")
-    path = os.path.join(out, "model")
+
+
+def save_model(model, tokenizer: str, path: str) -> None:
+    """Write a Hugging Face directory in the dtype of the base's own files.
+
+    tokenizer: the directory to copy it from. Raises DataError, on all ranks, where the model cannot
+    be written or is not finite; nothing is left of it then.
+    """
+    check_weights(model)
     temporary = path + ".tmp"
     failure = None
 
@@ -126,14 +133,26 @@ def save_model(out: str, step: int, model, optimizer, settings: dict, keep: int,
     try:
         on_rank_0(begin_folder, temporary)
         try:
-            model.save_pretrained(temporary, dtype)
+            model.save_pretrained(temporary, stored_dtype(model))
         except (OSError, ValueError) as e:              # on rank 0; ValueError: CheckpointError
             failure = f"{path}: {e}"
         on_rank_0(finish)
+    except DataError:
+        give_up_folder(temporary)
+        raise
+
+
+def save_last(out: str, step: int, model, optimizer, settings: dict, keep: int, tokenizer) -> None:
+    """Save OUT/model or, where there is no room for it, a checkpoint of the last step.
+
+    Raises DataError then.
+    """
+    check_weights(model)
+    try:
+        save_model(model, tokenizer, os.path.join(out, "model"))
         return
     except DataError as e:
         failure = str(e)
-    give_up_folder(temporary)
     if f"step-{step:08}" not in complete_checkpoints(os.path.join(out, "checkpoints")):
         try:
             save_checkpoint(out, step, model, optimizer, settings, keep)

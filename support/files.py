@@ -58,11 +58,11 @@ def write_json(path: str, content) -> None:
 held_locks = {}         # {folder: its marker, open and locked until released or the process ends}
 
 
-def claim(folder: str, names, maker: str) -> None:
+def claim(folder: str, names, maker: str, create: bool = True) -> None:
     """Take an output folder for this run, which may then write and replace `names` in it.
 
-    Raises DataError where one of them is there and `maker` has not made it, and where another run
-    is writing to the folder now.
+    create=False: only look, if no run has taken it before. Raises DataError where one of `names` is
+    there and `maker` has not made it, and where another run is writing to the folder now.
     """
     known = read_marker(folder)
     for name in names:
@@ -76,6 +76,8 @@ def claim(folder: str, names, maker: str) -> None:
             raise DataError(f"{path} was made by another run ({made_by}); "
                             "choose another --out, or remove it.")
     marker = os.path.join(folder, MARKER)
+    if not create and not os.path.exists(marker):
+        return
     with writing(marker):
         os.makedirs(folder, exist_ok=True)
         if os.path.realpath(folder) not in held_locks:

@@ -5,6 +5,7 @@ import os
 import sys
 
 import pytest
+import torch
 
 import shad
 import train
@@ -13,7 +14,7 @@ from runs import content, labelling, training
 from runs import work as work  # a fixture
 from support import checkpoints, files
 from support.cli import DataError
-from tiny import apigen, read_lines, write
+from tiny import apigen, make_model, read_lines, write
 from toy import reproduce
 
 
@@ -71,6 +72,23 @@ def test_the_small_reproduction_replaces_only_its_own(tmp_path):
     with pytest.raises(DataError, match="labels is there already"):
         reproduce.reproduce(str(tmp_path))
     assert content(tmp_path / "labels")["labels.safetensors"] == b"hours of work"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_of_others_is_neither_removed_nor_packed(tmp_path):
+    for name in ("step-00000001", "step-00000003.tmp"):
+        os.makedirs(tmp_path / "checkpoints" / name)
+        write(tmp_path / "checkpoints" / name / "a", "the user's")
+    before = content(tmp_path)
+    model = make_model(60)
+    arguments = (model, torch.optim.AdamW(model.parameters()), {}, 1)
+    checkpoints.save_checkpoint(str(tmp_path), 2, *arguments)
+    with pytest.raises(DataError, match="step-00000003.tmp is in the way"):
+        checkpoints.save_checkpoint(str(tmp_path), 3, *arguments)
+    checkpoints.save_checkpoint(str(tmp_path), 4, *arguments)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == [
+        "step-00000001", "step-00000003.tmp", "step-00000004"]
+    assert before.items() <= content(tmp_path).items()
 
 
 def test_only_marked_folders_are_removed(tmp_path):
