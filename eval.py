@@ -21,7 +21,13 @@ import math
 import os
 import platform
 import re
+import shlex
+import signal
+from collections import Counter
 from dataclasses import dataclass
+
+if __name__ == "__main__":      # Ctrl-C while torch is imported ends it without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import tokenizers
@@ -32,12 +38,18 @@ from benchmarks import Item, count_verdicts, judge_outputs, read_predictions, to
 from data import Dataset
 from model import CheckpointError, Transformer, checkpoint_files, resolve
 from shad import load_labels, token_losses
-from support.cli import DataError, option, parse_options, run_script
-from support.distributed import barrier, init_distributed, mixed_precision, rank_and_world
+from support.cli import DataError, option, parse_options, printable, run_script
+from support.distributed import (
+    barrier,
+    init_distributed,
+    mixed_precision,
+    on_rank_0,
+    rank_and_world,
+)
 from support.embed import sentence_encoder
-from support.files import replacing, write_json
+from support.files import claim, release, replacing, write_json, writing
 from support.generate import generate_stream
-from support.readers import toy_samples
+from support.readers import SPAN_ROLES, toy_samples
 from support.templates import Renderer
 
 
@@ -99,7 +111,7 @@ def role_losses(model: Transformer, dataset: Dataset, micro_tokens: int, labels=
     if roles is not None:
         groups["reasoning"] = roles["reasoning"]
         groups["boilerplate"] = ~roles["reasoning"]
-        groups |= {name: roles[name] for name in ("format", "connecting") if roles[name].any()}
+        groups |= {name: roles[name] for name in SPAN_ROLES[1:] if roles[name].any()}
     if labels is not None:
         groups["SHAD reasoning"] = labels[:]
         groups["SHAD boilerplate"] = ~labels[:]
@@ -163,8 +175,9 @@ def ask_saving(items: list[Item], folder: str, settings: dict, run) -> dict:
     with bar, open_log(os.path.join(folder, f"outputs.{rank}.jsonl"), settings) as log:
         for item, output in run(mine):
             bar.update()
-            log.write(json.dumps({"id": item.id, "output": output}) + "\n")
-            log.flush()
+            with writing(log.name):
+                log.write(json.dumps({"id": item.id, "output": output}) + "\n")
+                log.flush()
     barrier()
     return read_outputs(folder, settings)
 
@@ -203,13 +216,14 @@ def read_outputs(folder: str, settings: dict) -> dict:
 
 def open_log(path: str, settings: dict):
     """The file to append to, without an incomplete last line; its first line is the settings."""
-    with open(path, "ab+") as log:
-        log.seek(0)
-        log.truncate(log.read().rfind(b"\n") + 1)
-    log = open(path, "a", encoding="utf-8")     # noqa: SIM115  (the caller closes it)
-    if not log.tell():
-        log.write(json.dumps(settings) + "\n")
-        log.flush()
+    with writing(path):
+        with open(path, "ab+") as log:
+            log.seek(0)
+            log.truncate(log.read().rfind(b"\n") + 1)
+        log = open(path, "a", encoding="utf-8")     # noqa: SIM115  (the caller closes it)
+        if not log.tell():
+            log.write(json.dumps(settings) + "\n")
+            log.flush()
     return log
 
 
@@ -226,6 +240,10 @@ def load_items(bench, options: Options) -> list[Item]:
 
 def select_items(items: list[Item], options: Options) -> list[Item]:
     """The items that --categories and --limit leave."""
+    for name, count in Counter(item.id for item in items).items():
+        if count > 1:
+            raise DataError(f"{' '.join(options.data)} holds {count} items with the id {name!r}; "
+                            "keep one of them.")
     known = list(dict.fromkeys(item.category for item in items))
     unknown = [name for name in options.categories if name not in known]
     if unknown:
@@ -390,13 +408,14 @@ def headline_figures(figures: dict, path: str = ""):
 def print_summary(options: Options, summary: dict) -> None:
     for name, c in summary.get("categories", {}).items():
         low, high = c["interval"]
-        print(f"{name} {c['accuracy']:.1%} of {c['asked']:,} (95 %: {low:.1%} to {high:.1%})")
+        print(f"{printable(name)} {c['accuracy']:.1%} of {c['asked']:,} "
+              f"(95 %: {low:.1%} to {high:.1%})")
     if summary.get("too_long") or summary.get("missing"):
         print(f"counted as wrong: {summary['too_long']} prompts too long for the model, "
               f"{summary['missing']} items without output")
     if options.bench != "toy":
         for name, value in headline_figures(summary.get("figures", {})):
-            print(f"{name} {value:.4f}")
+            print(f"{printable(name)} {value:.4f}")
     losses = summary.get("losses", {})
     by_kind = losses if options.bench == "toy" else {"loss": losses}
     for kind, groups in by_kind.items():
@@ -430,12 +449,28 @@ def check_options(options: Options) -> None:
         needed.append("--out")
     if needed:
         raise DataError(f"eval.py {options.bench} needs {' and '.join(needed)}.")
+    if len(options.data) > 1 and options.bench != "loss":
+        raise DataError(f"eval.py {options.bench} takes one --data folder, not "
+                        f"{len(options.data)}.")
+
+
+def claim_out(options: Options) -> None:
+    """Take OUT for this evaluation; a summary of another one in it is not replaced."""
+    evaluation = ["eval.py", options.bench]
+    for name in ("model", "predictions", "data"):
+        if getattr(options, name):
+            evaluation += [f"--{name}", *np.atleast_1d(getattr(options, name))]
+    names = ["summary.json", "verdicts.jsonl"]
+    names += [f"outputs.{rank}.jsonl" for rank in range(rank_and_world()[1])]
+    on_rank_0(claim, options.out, names, shlex.join(evaluation))
 
 
 def main():
     options = parse_options(Options, __doc__)
     check_options(options)
     device = init_distributed()
+    if options.out:
+        claim_out(options)
     rank, _ = rank_and_world()
     if options.bench == "loss":
         path = resolve(options.model)
@@ -452,6 +487,7 @@ def main():
     print_summary(options, summary)
     if options.out:
         save_summary(options, summary, verdicts)
+        release(options.out)
 
 
 if __name__ == "__main__":

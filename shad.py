@@ -21,19 +21,23 @@ import json
 import os
 import random
 import shlex
-import shutil
+import signal
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+if __name__ == "__main__":      # Ctrl-C while torch is imported ends it without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from data import Dataset, collate, epoch_batches, micro_batches
 from model import CheckpointError, Transformer, resolve
+from support.checkpoints import on_stop
 from support.cli import DataError, option, parse_options, run_script
 from support.distributed import (
     all_reduce_gradients,
@@ -41,14 +45,24 @@ from support.distributed import (
     clip_gradients,
     init_distributed,
     mixed_precision,
+    not_finite,
+    on_rank_0,
     rank_and_world,
     shard_model,
     should_shard,
     sum_over_ranks,
 )
 from support.export import export_labels
-from support.files import replacing, write_json
+from support.files import claim, damaged_file, release, remove_folder, replacing, write_json
 from support.label_report import format_summary, labels_page, summarize
+from support.parts import (
+    load_part,
+    missing_parts,
+    open_work_dir,
+    save_part,
+    save_tuned_model,
+    stop_at_once,
+)
 from support.readers import Sample
 from support.report import write_page
 
@@ -63,15 +77,17 @@ class Options:
                                "labels that --out holds already are exported as they are")
     # shuffle
     shuffle: float = option(0.01, "share of the samples to shuffle, but no fewer than 96 if there "
-                                  "are as many; above 1: how many")
-    # tune; more than one epoch made it worse on a real model, which then memorizes the outputs
-    epochs: int = option(1, "epochs over the shuffled samples", low=1)
-    lr: float = option(2e-5, "learning rate of the discriminator, falling linearly to 0")
+                                  "are as many; above 1: how many; at most nine tenths of all")
+    # tune
+    epochs: int = option(1, "epochs over the shuffled samples", low=1, high=1000)
+    reshuffle: bool = option(False, "shuffle their outputs again in every epoch, so that none can "
+                                    "be learned by heart")
+    lr: float = option(1e-4, "learning rate of the discriminator, falling linearly to 0")
     batch_tokens: int = option(4096, "tokens per global batch", low=1)
     micro_tokens: int = option(4096, "tokens per forward on one rank, padding included", low=1)
     # classify
     threshold: float = option(0.0, "loss difference above which a token is reasoning, in nats; "
-                                   "kept with the labels", low=float("-inf"))
+                                   "kept with the labels", low=-2**32)
     max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
     template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
                                    "tokenizer has its tokens, else plain",
@@ -82,6 +98,9 @@ class Options:
     shard: str = option("auto", "split the model over the ranks (FSDP2); auto: with several GPUs",
                         choices=["auto", "yes", "no"])
     seed: int = option(0, "seed of the shuffle and of the batch order")
+
+
+FILES = ("labels.safetensors", "labels.html", "summary.json", "parts")      # what is made in OUT
 
 
 # --------------------------------------------------------------------------------------------------
@@ -138,6 +157,18 @@ def derange(turns_by_sample: list[list], rng: random.Random) -> dict:
     return source | dict(zip(others, longest, strict=False))
 
 
+def shuffled_datasets(dataset: Dataset, drawn, shuffled: list[Sample], options):
+    """Yield one Dataset per epoch of tuning; with options.reshuffle outputs move in each."""
+    samples = [dataset.samples[i] for i in drawn]
+    for epoch in range(options.epochs):
+        if epoch and options.reshuffle:
+            shuffled, _ = shuffle_outputs(samples, 1.0, options.seed + epoch)
+        if not epoch or options.reshuffle:
+            # an output may now follow a longer input
+            current = Dataset(shuffled, dataset.renderer, 2 * dataset.max_length)
+        yield current
+
+
 # --------------------------------------------------------------------------------------------------
 # The loss of every output token, by the base model and by the tuned one
 
@@ -146,11 +177,14 @@ def token_losses(model, dataset: Dataset, micro_tokens: int, title: str, directo
 
     The ranks share the work. The data is cut into parts that do not depend on the number of ranks,
     so neither do the losses. With a directory every finished part becomes a file there, parts that
-    already exist are skipped, and only rank 0 is given the losses.
+    already exist are skipped, and only rank 0 is given the losses. Raises DataError, naming a
+    sample, for a loss that is not finite.
     """
     rank, world = rank_and_world()
     parts = label_parts(dataset, micro_tokens)
-    todo = missing_parts(len(parts), directory, model.head.device)
+    todo = list(range(len(parts)))
+    if directory:
+        todo = on_rank_0(missing_parts, len(parts), directory)
     losses = np.zeros(0 if directory else dataset.output_starts[-1], np.float32)
     total = int(dataset.lengths.sum())
     left = sum(int(dataset.lengths[parts[p]].sum()) for p in todo)
@@ -169,12 +203,12 @@ def token_losses(model, dataset: Dataset, micro_tokens: int, title: str, directo
             indices = plans[rank][k] if k < len(plans[rank]) else []
             by_sample |= sample_losses(model, dataset, indices)
             bar.update(int(dataset.lengths[np.concatenate(together)].sum()))
+        check_finite(by_sample, dataset, title, model.head.device)
         if by_sample:
             p = todo[first + rank]
             part_losses = np.concatenate([by_sample[i] for i in sorted(by_sample)])
             if directory:
-                with replacing(part_file(directory, p), "wb") as file:
-                    np.save(file, part_losses)
+                save_part(directory, p, part_losses)
             else:
                 start = dataset.output_starts[parts[p][0]]
                 end = dataset.output_starts[parts[p][-1] + 1]
@@ -186,8 +220,9 @@ def token_losses(model, dataset: Dataset, micro_tokens: int, title: str, directo
         model.reshard()
     if directory:
         barrier()                       # all parts are written
-        files = [part_file(directory, p) for p in range(len(parts))]
-        return np.concatenate([np.load(file) for file in files]) if rank == 0 else None
+        if rank > 0:
+            return None
+        return np.concatenate([load_part(directory, p) for p in range(len(parts))])
     summed = torch.from_numpy(losses).to(model.head.device)
     sum_over_ranks(summed)              # each token is filled in by one rank and 0 on the others
     return summed.cpu().numpy()
@@ -212,45 +247,88 @@ def label_parts(dataset: Dataset, micro_tokens: int) -> list[np.ndarray]:
     return np.split(dataset.kept, bounds)
 
 
-def part_file(directory: str, part: int) -> str:
-    return os.path.join(directory, f"{part:04}.npy")
-
-
-def missing_parts(count: int, directory, device) -> np.ndarray:
-    """The numbers of the parts that have no file yet. Rank 0 looks, or the ranks might differ."""
-    exists = torch.zeros(count, device=device)
-    if directory and rank_and_world()[0] == 0:
-        os.makedirs(directory, exist_ok=True)
-        for p in range(count):
-            exists[p] = os.path.exists(part_file(directory, p))
-    sum_over_ranks(exists)
-    return np.flatnonzero(exists.cpu().numpy() == 0)
+def check_finite(by_sample: dict, dataset: Dataset, title: str, device) -> None:
+    """Raise DataError on all ranks if a loss is not finite on any."""
+    bad = torch.zeros(len(dataset.lengths), device=device)
+    bad[[i for i, losses in by_sample.items() if not np.isfinite(losses).all()]] = 1
+    sum_over_ranks(bad)
+    for i in bad.nonzero():
+        raise DataError(f"{title}: not finite for sample {dataset.samples[int(i)].id!r}; the model "
+                        "was tuned too fast (lower --lr), or its weights are damaged.")
 
 
 # --------------------------------------------------------------------------------------------------
 # Step 2: tune a copy of the model on the shuffled samples
 
-def tune(model: Transformer, dataset: Dataset, options: Options) -> None:
-    """Ordinary fine-tuning, in place: all parameters, mean loss of the output tokens."""
+def tune(model: Transformer, datasets, options: Options) -> None:
+    """Ordinary fine-tuning, in place: all parameters, mean loss of the output tokens.
+
+    datasets: those of the epochs, options.epochs of them.
+    """
     rank, world = rank_and_world()
     device = model.head.device
-    batches = []
-    for epoch in range(options.epochs):
-        batches += epoch_batches(
-            dataset.lengths, dataset.kept, options.batch_tokens, options.seed, epoch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0, fused=True)
-    for step, batch in enumerate(tqdm(batches, "tune on shuffled", unit="step", disable=rank > 0)):
-        optimizer.param_groups[0]["lr"] = options.lr * (1 - step / len(batches))
-        n = dataset.output_counts[batch].sum()
-        for indices in micro_batches(batch, dataset.lengths, options.micro_tokens, rank, world):
-            tokens, targets, _ = collate(dataset, indices, device=device)           # (B, T)
-            with mixed_precision(device):
-                loss = model(tokens, targets).sum() / n
-            loss.backward()
-        all_reduce_gradients(model)
-        clip_gradients(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    for epoch, dataset in enumerate(datasets):
+        batches = epoch_batches(
+            dataset.lengths, dataset.kept, options.batch_tokens, options.seed, epoch)
+        bar = tqdm(batches, f"tune on shuffled, epoch {epoch + 1}", unit="step", disable=rank > 0)
+        for step, batch in enumerate(bar):
+            progress = (epoch + step / len(batches)) / options.epochs
+            optimizer.param_groups[0]["lr"] = options.lr * (1 - progress)
+            n = dataset.output_counts[batch].sum()
+            for indices in micro_batches(batch, dataset.lengths, options.micro_tokens, rank, world):
+                tokens, targets, _ = collate(dataset, indices, device=device)       # (B, T)
+                with mixed_precision(device):
+                    loss = model(tokens, targets).sum() / n
+                loss.backward()
+            all_reduce_gradients(model)
+            clip_gradients(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    for name in not_finite(model):
+        raise DataError(f"the tuned model's {name} is not finite; lower --lr.")
+
+
+def check_tuning(model, dataset: Dataset, drawn, base_losses, tuned_losses, options) -> dict:
+    """Has the tuned model unlearned to use its input?
+
+    On the outputs of at most 32 samples that were not drawn: its mean loss in nats with their own
+    inputs and with each other's, and how much of the use of inputs it has unlearned: the mean of
+    LD, where it is above 0. Only rank 0 is given the losses of the dataset. Returns
+    {"check": the figures}, or {} on other ranks and below 2 such samples.
+    """
+    rest = np.setdiff1d(dataset.kept, drawn)
+    left_out = np.random.default_rng(options.seed).permutation(rest)[:32]
+    if len(left_out) < 2:
+        return {}
+    shuffled, _ = shuffle_outputs(dataset.samples.select(left_out), 1.0, options.seed)
+    swapped = Dataset(shuffled, dataset.renderer, 2 * dataset.max_length)
+    wrong_losses = token_losses(model, swapped, options.micro_tokens, "losses with wrong inputs")
+    if tuned_losses is None:
+        return {}
+    here = tokens_of(left_out, dataset)
+    difference = loss_difference(tuned_losses[here], base_losses[here])
+    right = float(tuned_losses[here].mean())
+    wrong = float(wrong_losses.mean())
+    unlearned = float(np.maximum(difference, 0).mean())
+    return {"check": {
+        "samples": len(left_out), "loss_right_input": right, "loss_wrong_input": wrong,
+        "unlearned": unlearned, "uses_input": uses_input(right, wrong, unlearned)}}
+
+
+def uses_input(right: float, wrong: float, unlearned: float) -> bool:
+    """Whether a discriminator's use of its input is more than what it has unlearned of it.
+
+    In nats per token: what the right input still saves it, against how much of that it has lost.
+    """
+    return wrong - right > unlearned
+
+
+def tokens_of(indices, dataset: Dataset) -> np.ndarray:
+    """True for the output tokens of some samples: (output tokens,) bool."""
+    chosen = np.zeros(len(dataset.samples), bool)
+    chosen[indices] = True
+    return np.repeat(chosen, dataset.output_counts)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -300,10 +378,8 @@ def save_labels(directory, values, dataset: Dataset, made_from: dict, kind="shad
     name, _ = KINDS[kind]
     arrays = {name: values.astype(np.float32),
               "offsets": dataset.output_starts.astype(np.int64)}
-    path = os.path.join(directory, "labels.safetensors")
-    save_file(arrays, path + ".tmp", metadata)
-    os.chmod(path + ".tmp", 0o644)              # safetensors makes it readable by its owner alone
-    os.replace(path + ".tmp", path)
+    with replacing(os.path.join(directory, "labels.safetensors"), "wb") as file:
+        file.write(save(arrays, metadata))
 
 
 def load_labels(path: str, dataset: Dataset, kind="shad"):
@@ -323,9 +399,13 @@ def load_labels(path: str, dataset: Dataset, kind="shad"):
         [found] = set(file.keys()) - {"offsets"}
         values = file.get_slice(found)
         starts = file.get_tensor("offsets")
+        if starts.ndim != 1 or starts.dtype != np.int64:
+            raise ValueError("offsets is not one row of int64")
         if values.get_dtype() != "F32" or values.get_shape() != [starts[-1]]:
             raise ValueError(f"{found} is not float32 of as many tokens as offsets say")
-        threshold = float(made_from["threshold"]) if found == "loss_difference" else None
+        threshold = float(made_from["threshold"]) if found == "loss_difference" else 0.0
+        if not np.isfinite(threshold) or not np.isfinite(values[:]).all():
+            raise ValueError("not all of it is finite")
     except Exception as e:                      # safetensors raises its own type, and others
         raise DataError(f"{path} cannot be read as labels ({type(e).__name__}: {e}); "
                         f"make it with {command}.") from None
@@ -337,6 +417,9 @@ def load_labels(path: str, dataset: Dataset, kind="shad"):
         verb = "differs" if len(differing) == 1 else "differ"
         raise DataError(f"{path} does not fit: its {' and '.join(differing)} {verb} from this "
                         f"run's; run {command} again with the same --data, --model and --template.")
+    if len(starts) != len(dataset.output_starts) or starts[0] != 0:
+        raise DataError(f"{path} does not fit: it is of {len(starts) - 1} samples, not of "
+                        f"{len(dataset.output_counts)}; run {command} again.")
     if not np.array_equal(starts, dataset.output_starts):
         i = int(np.flatnonzero(np.diff(starts) != dataset.output_counts)[0])
         raise DataError(f"{path} does not fit: sample {dataset.samples[i].id!r} is in only one of "
@@ -352,101 +435,94 @@ def run(options: Options, dataset: Dataset, model: Transformer):
 
     `model` ends as the discriminator: since the base losses are taken before it is tuned, one copy
     is enough. A run that was killed resumes from the losses and the tuned model that it left in
-    options.out/parts. The summary is None on all ranks but the first.
+    options.out/parts.
     """
-    rank, _ = rank_and_world()
+    on_rank_0(claim, options.out, FILES, "shad.py")
     work_dir = os.path.join(options.out, "parts")
     times = [time.perf_counter()]
 
     # 1. Shuffle: outputs change places among a few samples, so that none follows from its input.
-    # With fewer than 96 samples the discriminator learns nothing.
-    count = options.shuffle if options.shuffle > 1 else max(96, options.shuffle * len(dataset.kept))
-    fraction = min(1.0, count / len(dataset.kept))
+    # With fewer than 96 samples the discriminator learns nothing; a tenth stays as it is, to check
+    # what it has learned.
+    kept = len(dataset.kept)
+    count = options.shuffle if options.shuffle > 1 else max(96, options.shuffle * kept)
+    fraction = min(count, kept - kept // 10) / kept
     samples = dataset.samples.select(dataset.kept)
     shuffled, drawn = shuffle_outputs(samples, fraction, options.seed)
-    open_work_dir(work_dir, dataset, options)
+    drawn = dataset.kept[drawn]
+    open_work_dir(work_dir, run_settings(options, dataset))
 
     # 2. Tune the model on them. Its own losses are taken first.
     base_losses = token_losses(model, dataset, options.micro_tokens, "losses of the base model",
                                os.path.join(work_dir, "base losses"))
     times.append(time.perf_counter())
     tuned_model = os.path.join(work_dir, "tuned model")
-    if os.path.isdir(tuned_model):
-        model.load_weights(tuned_model)
+    if on_rank_0(damaged_file, tuned_model):            # or not there
+        tune(model, shuffled_datasets(dataset, drawn, shuffled, options), options)
+        save_tuned_model(model, tuned_model)
     else:
-        # an output may now follow a longer input
-        tune(model, Dataset(shuffled, dataset.renderer, 2 * dataset.max_length), options)
-        model.save_pretrained(tuned_model + ".tmp")
-        if rank == 0:
-            os.rename(tuned_model + ".tmp", tuned_model)
+        model.load_weights(tuned_model)
     times.append(time.perf_counter())
     tuned_losses = token_losses(model, dataset, options.micro_tokens, "losses of the tuned model",
                                 os.path.join(work_dir, "tuned losses"))
     times.append(time.perf_counter())
+    check = check_tuning(model, dataset, drawn, base_losses, tuned_losses, options)
 
     # 3. Classify: a token that became harder to predict depends on its input; LD > 0 is reasoning.
-    summary = None
-    if rank == 0:
-        difference = loss_difference(tuned_losses, base_losses)
-        unshuffled = np.ones(len(dataset.samples), bool)
-        unshuffled[dataset.kept[drawn]] = False
-        unshuffled = np.repeat(unshuffled, dataset.output_counts)           # (output tokens,)
-        is_reasoning = classify(difference, options.threshold)
-        summary = summarize(difference, is_reasoning, base_losses, tuned_losses, unshuffled,
-                            dataset.true_roles())
-        seconds = np.diff(times).round(1).tolist()
-        summary |= {"samples": len(dataset.kept), "shuffled": len(shuffled),
-                    "dropped": dataset.dropped,
-                    "seconds": dict(zip(("base", "tune", "tuned"), seconds, strict=True))}
-        write_json(os.path.join(options.out, "summary.json"), summary)
-        losses = {"base": base_losses, "tuned": tuned_losses}
-        page = labels_page(dataset, difference, is_reasoning, options.threshold, losses, summary)
-        write_page(os.path.join(options.out, "labels.html"),
-                   "SHAD: reasoning and boilerplate tokens", page)
-        # last, since the presence of the labels says that everything is there
-        save_labels(options.out, difference, dataset, {
-            "base_model": options.model, "threshold": options.threshold, "seed": options.seed})
-        shutil.rmtree(work_dir)
-        print(format_summary(summary))
-    barrier()                                   # the other ranks read what rank 0 wrote
+    summary = on_rank_0(write_results, options, dataset, base_losses, tuned_losses, drawn, check,
+                        times)
+    release(options.out)
     return load_labels(options.out, dataset).difference[:], summary
 
 
-def open_work_dir(path: str, dataset: Dataset, options: Options) -> None:
-    """Create the working directory, or resume the one that a run with the same settings left.
-
-    Raises DataError where the settings differ.
-    """
+def run_settings(options: Options, dataset: Dataset) -> dict:
+    """What must be the same for a run that resumes."""
     may_change = ("out", "export", "data", "threshold", "shard")    # of data the content counts
     settings = {k: value for k, value in asdict(options).items() if k not in may_change}
-    settings |= dataset.fingerprint
-    file = os.path.join(path, "settings.json")
-    rank, _ = rank_and_world()
-    if os.path.exists(file):
-        with open(file, encoding="utf-8") as f:
-            found = json.load(f)
-        differing = [key for key, value in found.items() if settings.get(key) != value]
-        if differing:
-            raise DataError(f"{path} was left by an unfinished run with another "
-                            f"{' and '.join(differing)}; remove it, or choose another --out.")
-    elif rank == 0:
-        shutil.rmtree(path, ignore_errors=True)     # a run was killed while it removed it
-    barrier()                                       # every rank has looked
-    if rank == 0:
-        os.makedirs(path, exist_ok=True)
-        write_json(file, settings)
+    return settings | dataset.fingerprint
+
+
+def write_results(options, dataset: Dataset, base_losses, tuned_losses, drawn, check, times):
+    """Write labels, page and summary into options.out; returns the summary.
+
+    drawn: the samples that were shuffled. check: by check_tuning. times: when each step began, and
+    the end.
+    """
+    difference = loss_difference(tuned_losses, base_losses)
+    unshuffled = ~tokens_of(drawn, dataset)                                 # (output tokens,)
+    is_reasoning = classify(difference, options.threshold)
+    summary = summarize(difference, is_reasoning, base_losses, tuned_losses, unshuffled,
+                        dataset.true_roles())
+    seconds = np.diff(times).round(1).tolist()
+    summary |= check
+    summary |= {"samples": len(dataset.kept), "shuffled": len(drawn),
+                "dropped": dataset.dropped,
+                "seconds": dict(zip(("base", "tune", "tuned"), seconds, strict=True))}
+    write_json(os.path.join(options.out, "summary.json"), summary)
+    losses = {"base": base_losses, "tuned": tuned_losses}
+    page = labels_page(dataset, difference, is_reasoning, options.threshold, losses, summary)
+    write_page(os.path.join(options.out, "labels.html"),
+               "SHAD: reasoning and boilerplate tokens", page)
+    # last, since the presence of the labels says that everything is there
+    save_labels(options.out, difference, dataset, {
+        "base_model": options.model, "threshold": options.threshold, "seed": options.seed})
+    remove_folder(os.path.join(options.out, "parts"))
+    print(format_summary(summary))
+    return summary
 
 
 def main():
     options = parse_options(Options, __doc__)
     device = init_distributed()
     rank, _ = rank_and_world()
-    options.model = resolve(options.model)
     labelled = os.path.exists(os.path.join(options.out, "labels.safetensors"))
     if labelled and not options.export:
         raise DataError(f"{options.out}/labels.safetensors is there already; "
                         "choose another --out, or remove it.")
     barrier()                                       # every rank has looked
+    on_rank_0(claim, options.out, FILES, "shad.py")
+    options.model = resolve(options.model)
+    on_stop(stop_at_once(options.out))
     dataset = Dataset.load(options.data, options.model, options.template, options.max_length,
                            options.native_calls)
     if rank == 0:
@@ -459,13 +535,13 @@ def main():
         export_labels(options.export, dataset, load_labels(options.out, dataset))
         print(f"\nwrote {options.export}, one line per sample: {len(dataset.kept):,}")
     if rank == 0 and not labelled:
-        data = " ".join(shlex.quote(path) for path in options.data)
-        native = "--native-calls " if options.native_calls else ""
+        arguments = ["--model", options.model, "--data", *options.data,
+                     "--max-length", str(options.max_length), "--template", options.template,
+                     *(["--native-calls"] if options.native_calls else []),
+                     "--method", "rft", "--labels", options.out]
         print(f"\nwrote {options.out}/labels.safetensors, summary.json and labels.html "
               "(open it in a browser). Next:\n"
-              f"  python train.py --model {options.model} --data {data} "
-              f"--max-length {options.max_length} --template {options.template} {native}"
-              f"--method rft --labels {options.out} --out OUT")
+              f"  python train.py {shlex.join(arguments)} --out OUT")
 
 
 if __name__ == "__main__":

@@ -19,30 +19,33 @@ import itertools
 import json
 import math
 import os
-import shutil
+import runpy
+import shlex
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
 
+if __name__ == "__main__":      # Ctrl-C while torch is imported ends it without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import eval
 import rft
-import shad
 from baselines.labels import check_labels, method_labels
-from data import Dataset, Renderer, collate, epoch_batches, micro_batches
+from data import Dataset, collate, epoch_batches, micro_batches
 from model import CheckpointError, Transformer, resolve
 from rft import METHODS, group_losses
-from support import report
 from support.checkpoints import (
     complete_checkpoints,
     load_checkpoint,
+    on_stop,
     open_metrics,
     save_checkpoint,
+    save_model,
     stop_after_this_step,
     told_to_stop,
 )
@@ -54,15 +57,14 @@ from support.distributed import (
     compile_blocks,
     init_distributed,
     mixed_precision,
+    on_rank_0,
     rank_and_world,
     shard_model,
     should_shard,
     sum_over_ranks,
 )
-from support.files import write_json
-from support.label_report import colored_tokens, format_summary, sample_html
-from support.readers import toy_samples
-from support.templates import copy_tokenizer
+from support.files import claim, release, writing
+from support.parts import stop_at_once
 
 
 @dataclass
@@ -77,7 +79,7 @@ class Options:
                                "SHAD first, into OUT/labels; for rho1 and rewardft those of "
                                "baselines.reference; regex makes its own")
     threshold: float = option(None, "loss difference above which a token is reasoning, in nats "
-                                    "(default: the labels' own)", type=float)
+                                    "(default: the labels' own)", low=-2**32, type=float)
     tau: float = option(3.0, "temperature of RFT's softmax, in nats", low=0.01)
     scope: str = option("sample", "one pair of RFT's weights per sample, or one for the global "
                                   "batch", choices=["sample", "batch"])
@@ -88,11 +90,11 @@ class Options:
                                "value is not public", high=1)
     keep_share: float = option(0.6, "share of a batch's output tokens that rho1 selects", high=1)
     # optimization
-    epochs: int = option(1, "passes over the data", low=1)
+    epochs: int = option(1, "passes over the data", low=1, high=1000)
     steps: int = option(0, "stop after this many steps instead, however many epochs that takes; "
-                           "0: by --epochs")
+                           "0: by --epochs", high=10**6)
     lr: float = option(2e-5, "peak learning rate; linear warm-up, then a cosine down to a tenth")
-    warmup: float = option(0.03, "share of the steps that warm up")
+    warmup: float = option(0.03, "share of the steps that warm up", high=1)
     weight_decay: float = option(0.0, "decoupled weight decay of the matrices")
     clip: float = option(1.0, "largest gradient norm")
     batch_tokens: int = option(8192, "tokens per global batch", low=1)
@@ -121,6 +123,9 @@ class Options:
 # options that may differ on --resume; data and labels are compared by their content instead
 MAY_CHANGE = {"model", "data", "out", "labels", "micro_tokens", "checkpoint_every", "keep",
               "resume", "shard", "recompute", "compile", "threshold"}
+
+
+FILES = ("metrics.jsonl", "model")          # what train() makes in OUT, beside checkpoints/
 
 
 # --------------------------------------------------------------------------------------------------
@@ -299,6 +304,7 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
     and where a checkpoint cannot be written or read.
     """
     rank, _ = rank_and_world()
+    on_rank_0(claim, options.out, FILES, "train.py")
     batches = plan_batches(dataset, options)
     optimizer = make_optimizer(model, options)
     settings = {k: v for k, v in asdict(options).items() if k not in MAY_CHANGE}
@@ -311,7 +317,6 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
         first = load_checkpoint(options.out, model, optimizer, settings)
     metrics = []
     if rank == 0:
-        os.makedirs(options.out, exist_ok=True)
         metrics, log = open_metrics(os.path.join(options.out, "metrics.jsonl"), first)
     bar = tqdm(range(first, len(batches)), options.method, unit="step", initial=first,
                total=len(batches), disable=rank > 0)
@@ -341,8 +346,9 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
         row = metrics_row(step + 1, sums, grouped, lr, norm, tokens_per_s)
         metrics.append(row)
         if rank == 0:
-            log.write(json.dumps(row) + "\n")
-            log.flush()
+            with writing(log.name):
+                log.write(json.dumps(row) + "\n")
+                log.flush()
             bar.set_postfix(progress(row, grouped))
         if watch:
             watch(step + 1)
@@ -358,7 +364,9 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
     bar.close()
     if rank == 0:
         log.close()
-    save_model(model, dataset.renderer.directory, os.path.join(options.out, "model"))
+    save_model(options.out, len(batches), model, optimizer, settings, options.keep,
+               dataset.renderer.directory)
+    release(options.out)
     return metrics
 
 
@@ -390,39 +398,28 @@ def progress(row: dict, grouped: bool) -> dict:
     return {name: f"{value:.3f}" for name, value in shown.items()}
 
 
-def save_model(model: Transformer, tokenizer_directory: str, path: str) -> None:
-    """Write a Hugging Face directory in the base's own dtype, under a temporary name first."""
-    stored = model.config.extra                         # transformers 5 says dtype, 4 torch_dtype
-    dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")), None)
-    model.save_pretrained(path + ".tmp", dtype)
-    if rank_and_world()[0] == 0:
-        copy_tokenizer(tokenizer_directory, path + ".tmp")
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(path + ".tmp", path)
-
-
 def main():
     options = parse_options(Options, __doc__)
     check_labels(options)
     device = init_distributed()
     rank, _ = rank_and_world()
-    options.model = resolve(options.model)
+    on_rank_0(claim, options.out, FILES, "train.py")
     if finished_before(options):
         return
     barrier()                                   # every rank has looked before one begins to write
+    options.model = resolve(options.model)
+    on_stop(stop_at_once(os.path.join(options.out, "labels")))
     dataset = Dataset.load(options.data, options.model, options.template, options.max_length,
                            options.native_calls)
     if rank == 0:
         print(dataset.describe())
     shard = partial(shard_model, device=device) if should_shard(options.shard, device) else None
 
-    # SHAD keeps what it has done as it goes, so SIGTERM may end it
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # what the method must know of each token; SHAD keeps what it has done as it goes
     labels = method_labels(options, dataset, device, shard)
 
     # train; from here on a checkpoint can be written
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop_after_this_step)
+    on_stop(stop_after_this_step, signal.SIGINT)
     model = Transformer.from_pretrained(options.model, device=device, shard=shard)
     model.recompute = options.recompute
     if options.compile:
@@ -442,107 +439,34 @@ def finished_before(options: Options) -> bool:
             return True
         raise DataError(f"{options.out}/model already holds a trained model; "
                         "choose another --out, or remove it.")
-    if os.path.isdir(root) and os.listdir(root) and not options.resume:
-        raise DataError(f"{root} holds an unfinished run; go on with --resume, "
+    metrics = os.path.join(options.out, "metrics.jsonl")
+    begun = [root] if os.path.isdir(root) and os.listdir(root) else []
+    begun += [metrics] if os.path.isfile(metrics) and os.path.getsize(metrics) else []
+    if begun and not options.resume:
+        raise DataError(f"{begun[0]} holds an unfinished run; go on with --resume, "
                         "choose another --out, or remove it.")
     return False
 
 
 def print_result(metrics: list[dict], options: Options) -> None:
     """What was made, and what to do next."""
-    last = metrics[-1]
-    groups = ""
-    if None not in (last["loss_reasoning"], last["loss_boilerplate"]):
-        groups = (f" (reasoning {last['loss_reasoning']:.3f}, "
-                  f"boilerplate {last['loss_boilerplate']:.3f})")
+    text = f"{options.method}: {len(metrics)} steps"
+    if metrics:
+        last = metrics[-1]
+        text += f", loss {metrics[0]['loss']:.3f} -> {last['loss']:.3f}"
+        if None not in (last["loss_reasoning"], last["loss_boilerplate"]):
+            text += (f" (reasoning {last['loss_reasoning']:.3f}, "
+                     f"boilerplate {last['loss_boilerplate']:.3f})")
     root = os.path.join(options.out, "checkpoints")
     leftover = f"; {root} is no longer needed" if complete_checkpoints(root) else ""
-    print(f"\n{options.method}: {len(metrics)} steps, "
-          f"loss {metrics[0]['loss']:.3f} -> {last['loss']:.3f}{groups}\n"
-          f"wrote {options.out}/model (a Hugging Face directory) and "
+    model, out = (shlex.quote(os.path.join(options.out, name)) for name in ("model", "eval"))
+    print(f"\n{text}\nwrote {options.out}/model (a Hugging Face directory) and "
           f"{options.out}/metrics.jsonl{leftover}. Next:\n"
-          f"  python eval.py loss --model {options.out}/model --data HELD_OUT.json "
-          f"--out {options.out}/eval")
-
-
-# --------------------------------------------------------------------------------------------------
-# With no arguments: the method end to end on the toy, whose generator knows every token's true role
-
-TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
-TOY_SAMPLES = 4000
-TOY_EVAL = 200                  # samples of each kind, held-in and held-out
-TOY_WATCH = 40                  # steps between evaluations, on a quarter of them
-EVAL_SEED = 10_000
-TOY_SHAD = {"shuffle": 400, "epochs": 4, "lr": 1e-3, "batch_tokens": 1024, "micro_tokens": 4096}
-# one epoch; of 5e-4, 7e-4 and 1e-3 the rate with which SFT solves most held-in samples (on seeds
-# 101 and 102, which are not reported)
-TOY_TRAINING = {"epochs": 1, "lr": 1e-3, "batch_tokens": 2048, "micro_tokens": 4096}
-
-
-def reproduce(out: str = "out", seed: int = 0) -> dict:
-    """SHAD, then SFT and RFT from the same base with the same seed, then evaluation.
-
-    Prints a table and writes out/report.html; returns the evaluation of each model.
-    """
-    start = time.perf_counter()
-    device = init_distributed()
-    rank, _ = rank_and_world()
-
-    def base():
-        return Transformer.from_pretrained(TOY, device=device)
-
-    def evaluate(model, count=TOY_EVAL):
-        summary, _ = eval.evaluate_toy(model, dataset.renderer, count, seed=EVAL_SEED + seed)
-        return summary
-
-    # the toy, and its labels by SHAD
-    dataset = Dataset(toy_samples(TOY_SAMPLES, seed), Renderer(TOY))
-    if rank == 0:
-        size = sum(p.numel() for p in base().parameters())
-        print(f"toy: {dataset.describe()}; base {size:,} parameters")
-    shad_options = shad.Options(
-        model=TOY, data=["toy"], out=os.path.join(out, "labels"), seed=seed, **TOY_SHAD)
-    difference, shad_summary = shad.run(shad_options, dataset, base())
-
-    # both methods, from the same base and in the same batches
-    summaries = {"base": evaluate(base())}
-    runs = {}
-    histories = {}
-    for method in ("sft", "rft"):
-        name = method.upper()
-        options = Options(model=TOY, data=["toy"], out=os.path.join(out, method), method=method,
-                          seed=seed, **TOY_TRAINING)
-        model = base()
-        histories[name] = {0: summaries["base"]}
-
-        def watch(step, model=model, history=histories[name]):
-            if step % TOY_WATCH == 0:
-                history[step] = evaluate(model, TOY_EVAL // 4)
-
-        runs[name] = train(model, dataset, shad.Labels(difference), options, watch)
-        summaries[name] = evaluate(model)
-        histories[name][len(runs[name])] = summaries[name]
-
-    # the report
-    if rank == 0:
-        is_reasoning = shad.classify(difference)
-        samples = ""
-        for i in range(12):
-            tokens = colored_tokens(dataset, i, difference, is_reasoning)
-            samples += sample_html(dataset, i, tokens)
-        body = (report.summary_html(format_summary(shad_summary))
-                + report.report_html(runs, summaries, histories, command="python train.py")
-                + f"<h2>What SHAD found</h2>{report.KEY}{samples}")
-        report.write_page(os.path.join(out, "report.html"), "SHAD + RFT on the toy", body)
-        write_json(os.path.join(out, "summary.json"),
-                   {"seed": seed, "shad": shad_summary, "models": summaries,
-                    "over_training": histories})
-        print(f"\n{report.format_table(report.comparison_rows(summaries))}\n\n"
-              f"{time.perf_counter() - start:.0f} s. Look at {out}/report.html (curves, coloured "
-              f"tokens) and {out}/labels/labels.html. Next, with your own model and data:\n"
-              "  python train.py --model DIR_OR_HUB_ID --data train.json --method rft --out OUT")
-    return summaries
+          f"  python eval.py loss --model {model} --data HELD_OUT.json --out {out}")
 
 
 if __name__ == "__main__":
-    run_script(main if len(sys.argv) > 1 else reproduce, CheckpointError)
+    if len(sys.argv) > 1:
+        run_script(main, CheckpointError)
+    else:
+        runpy.run_module("toy.reproduce", run_name="__main__")      # the whole method on the toy

@@ -1,15 +1,16 @@
 """BFCL, single turn: calls compared with lists of accepted values, as bfcl-eval 2026.3.23 does."""
 import json
 import os
-from contextlib import contextmanager
 
 from benchmarks import Item
 from benchmarks.bfcl_calls import decode
 from benchmarks.bfcl_values import LISTS, TYPES, check_value
 from support.cli import DataError
 from support.readers import TOOL_PROMPT, Message, read_records
+from support.records import reading
 
 MAX_NEW_TOKENS = 512
+COPY_AGAIN = "copy the release's file again"
 
 SIMPLE = ("simple_python", "simple_java", "simple_javascript")
 LIVE = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple")
@@ -52,21 +53,21 @@ def category_items(category: str, path: str, answer_path: str) -> list[Item]:
     answers = {}
     if has_answers:
         for where, record in unique_records(answer_path):
-            with naming_record(where):
+            with reading(where, COPY_AGAIN):
                 answers[record["id"]] = record["ground_truth"]
 
     found = []
     for where, record in unique_records(path):
-        with naming_record(where):
+        with reading(where, COPY_AGAIN):
             item = question(record, category)
             if has_answers:
                 if item.id not in answers:
-                    raise DataError(f"{where}: {answer_path} has no answer to {item.id}; "
+                    raise DataError(f"{answer_path} has no answer to {item.id}; "
                                     "copy both files of one release.")
                 add_answer(item, answers[item.id])
             found.append(item)
     if not found:
-        raise DataError(f"{path} holds no records; copy the release's file again.")
+        raise DataError(f"{path} holds no records; {COPY_AGAIN}.")
     return found
 
 
@@ -74,25 +75,15 @@ def unique_records(path: str):
     """Yield (where, record) of a file, each record with an id of its own."""
     seen = {}
     for where, record in read_records(path):
-        with naming_record(where):
+        with reading(where, COPY_AGAIN):
             name = record["id"]
             if not isinstance(name, str):
                 raise TypeError(f"the id is {name!r:.50}, not text")
             if name in seen:
-                raise DataError(f"{where}: the id {name!r:.50} was there before ({seen[name]}); "
+                raise DataError(f"the id {name!r:.50} was there before ({seen[name]}); "
                                 "keep one record of it.")
         seen[name] = where
         yield where, record
-
-
-@contextmanager
-def naming_record(where: str):
-    """Turn what goes wrong in reading a record into a DataError that names the record."""
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, AttributeError) as e:
-        raise DataError(f"{where} is no record of BFCL ({type(e).__name__}: {e}); "
-                        "copy the release's file again.") from None
 
 
 def question(record: dict, category: str) -> Item:
@@ -118,6 +109,8 @@ def question(record: dict, category: str) -> Item:
     if not turns:
         raise TypeError("no message of a user")
     messages = [Message("system", "\n\n".join(system)), *turns]
+    for message in messages:
+        message.text.encode()           # raises for half a character, which no tokenizer takes
     return Item(record["id"], category, messages, {"documents": documents})
 
 

@@ -4,7 +4,7 @@ import statistics
 from collections import Counter
 from typing import NamedTuple
 
-from benchmarks import Item
+from benchmarks import NO_OUTPUT, Item
 from benchmarks.servers import find_function
 from benchmarks.traces import converted_answer, final_answer
 from support.cli import DataError
@@ -127,7 +127,7 @@ def why_unsolved(item: Item, trace: list[dict]) -> str | None:
     if "fault" in item.reference:
         return f"the query is broken: {item.reference['fault']}"
     if not trace:
-        return "no output"
+        return NO_OUTPUT
     if "stopped" in trace[-1]:
         return trace[-1]["stopped"]
     if kind is None:
@@ -190,10 +190,10 @@ def compare(item: Item, ours: dict, theirs: dict, ask, times: int = 1) -> dict:
                 "judge_errors": dict(errors)}
 
     # decided without the judge
-    status = ours["status"] if ours["trace"] else "no output"
-    other_status = theirs["status"] if theirs["trace"] else "no output"
+    status = ours["status"] if ours["trace"] else NO_OUTPUT
+    other_status = theirs["status"] if theirs["trace"] else NO_OUTPUT
     if status != other_status:
-        ranks = (*STATUSES, "no output")
+        ranks = (*STATUSES, NO_OUTPUT)
         win = "win" if ranks.index(status) < ranks.index(other_status) else "lose"
         return {"win": win, "win_reason": f"{status} against {other_status}"}
     answer = answer_to_compare(ours)

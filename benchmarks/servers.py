@@ -23,14 +23,14 @@ from support.cli import DataError
 from support.readers import read_records
 
 ATTEMPTS = 3            # at a request that times out, fails with 5xx or 429, or returns nonsense
-DOWN_AFTER = 5          # requests in a row that no server answers
+DOWN_AFTER = 5          # unanswered requests in a row; then a server counts as down
 CONCURRENT_REQUESTS = 8
-CHECK_SECONDS = 10.0    # for a first sign of life
+CHECK_SECONDS = 10.0    # to wait for a first reply
 MAX_REPLY_BYTES = 1 << 24
 MAX_BRACKETS = 300      # no API's input nests as deeply; deeper texts would exhaust the stack
 TIMEOUTS = (TimeoutError, concurrent.futures.TimeoutError)      # one and the same from Python 3.11
 BROKEN_REPLY = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
-NO_TOOLS = ("http 400", "http 422", "http 500", "http 501")     # of endpoints that know no tools
+NO_TOOLS = ("http 400", "http 422", "http 500", "http 501")     # from endpoints without tools
 
 
 def parse_input(text: str) -> dict | str:
@@ -137,7 +137,7 @@ def check_reachable(url: str, flag: str) -> None:
     except urllib.error.HTTPError as e:
         e.close()
     except TIMEOUTS:
-        pass            # somebody is there, and busy
+        pass            # a server is there, but busy
     except (OSError, http.client.HTTPException) as e:
         reason = getattr(e, "reason", e)
         if not isinstance(reason, TIMEOUTS):
@@ -152,9 +152,9 @@ def checked_url(url: str) -> str:
 
 
 def in_thread(function) -> Future:
-    """The result to be of function(), run by a daemon thread.
+    """The future result of function(), which a daemon thread runs.
 
-    Unlike an executor's threads these hold up neither Ctrl-C nor the exit while a server hangs.
+    Unlike an executor's threads, daemons delay neither Ctrl-C nor the exit while a server hangs.
     """
     future = Future()
     threading.Thread(target=fulfil, args=[future, function], daemon=True).start()
@@ -170,9 +170,9 @@ def fulfil(future: Future, function) -> None:
 
 
 def map_in_threads(function, *inputs):
-    """Yield function(*its inputs) in their order, CONCURRENT_REQUESTS at a time in daemon threads.
+    """Yield the results of map(function, *inputs); CONCURRENT_REQUESTS of them run side by side.
 
-    Once the caller stops listening, because of an error or Ctrl-C, no further ones are begun.
+    Once the caller stops iterating, because of an error or Ctrl-C, no further one is started.
     """
     jobs = queue.SimpleQueue()
     futures = []

@@ -13,7 +13,7 @@ from collections import Counter
 
 from tqdm import tqdm
 
-from benchmarks import Item
+from benchmarks import TOO_LONG, Item
 from benchmarks.judging import check_verdicts, compare, format_counts, judge
 from benchmarks.judging import summary as summary
 from benchmarks.servers import (
@@ -215,7 +215,7 @@ def run(items: list[Item], respond, options):
 
     respond(conversations) returns the agent's next turns: None where a conversation grew too long.
     A trace with a call that did not reach its server is not yielded. Raises DataError at the end if
-    there were such, and at once if the server is down.
+    there was one, and at once if the server is down.
     """
     if items and options.server:
         check_reachable(options.server, "--server")
@@ -270,7 +270,7 @@ def run_turn(item: Item, output: str | None, call) -> list[dict]:
     """The steps of one turn, one per call, each with what the agent observes."""
     if output is None:
         return [{"thought": "", "action": "", "input": "", "observation": "",
-                 "stopped": "prompt too long for the model"}]
+                 "stopped": TOO_LONG}]
     thought, calls = parse_turn(output)
     functions = item.reference["functions"]
     steps = []

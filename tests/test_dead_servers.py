@@ -154,8 +154,9 @@ def test_a_judge_that_never_answers_is_an_error(tmp_path, serve, reply, fault, r
     traces = {item.id: answered("leek") for item in items}
     seen = []
     url = serve(lambda *request: seen.append(request) or reply)
+    given = judged_by(url, timeout=10.0 if reply else 0.1)
     with pytest.raises(DataError, match=f"^not judged: 12 of 12 .{fault}: 12.; see that the judge"):
-        bench.judge_outputs(items, traces, judged_by(url, timeout=0.1))
+        bench.judge_outputs(items, traces, given)
     assert len(seen) <= requests            # one that is down is not asked for every query
 
 
@@ -225,15 +226,15 @@ def test_a_file_to_compare_with_whose_ids_match_nothing_is_an_error(tmp_path):
 @pytest.mark.parametrize("data", [b"HTTP/1.0 200 OK\r\n\r\n", b"HTTP/1.0 200 OK\r\nX-Long: "])
 def test_a_server_that_drips_times_out_as_a_silent_one(data, monkeypatch):
     monkeypatch.setattr(servers.time, "sleep", lambda seconds: None)
-    with dripping_server(data, pause=0.01) as url:
+    with dripping_server(data, pause=0.02, longest=10.0) as url:
         call = servers.tool_server(url, timeout=0.3)
         start = time.monotonic()
         assert call("a", "b", "c", {})["fault"] == "timeout"
-        assert time.monotonic() - start < 3 * 0.3 + 1
+        assert time.monotonic() - start < 3 * 0.3 + 2
         start = time.monotonic()
         monkeypatch.setattr(servers, "CHECK_SECONDS", 0.3)
         servers.check_reachable(url, "--server")
-        assert time.monotonic() - start < 0.3 + 1
+        assert time.monotonic() - start < 0.3 + 2
 
 
 HANGS = """
@@ -265,7 +266,7 @@ def test_ctrl_c_does_not_wait_for_a_judge_that_hangs():
             _, errors = process.communicate(timeout=20)
         finally:
             process.kill()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 5                     # a request alone may take a minute
     assert process.returncode == 130 and errors == b"-c: stopped\n"
 
 

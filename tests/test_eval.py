@@ -233,7 +233,16 @@ def test_broken_predictions_are_refused(monkeypatch, tmp_path, text, sentence):
     assert "p.jsonl" in str(e.value)
 
 
+def test_a_benchmark_with_an_id_twice_is_refused(monkeypatch):
+    items = toy.items(2, 1)
+    items[1].id = items[0].id
+    monkeypatch.setattr(toy, "items", lambda *_: items)
+    with pytest.raises(DataError, match="2 items with the id 'toy-in-1-0'"):
+        main(monkeypatch, "toy", "--predictions", os.devnull)
+
+
 @pytest.mark.parametrize("arguments, sentence", [
+    (["--data", "a", "b", "--predictions", os.devnull], "takes one --data folder, not 2"),
     (["--categories", "held_in", "held_on", "--predictions", os.devnull],
      "held_on: .* held_in, held_out"),
     ([], "needs --model and --out")])

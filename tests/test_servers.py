@@ -80,7 +80,7 @@ def test_faults_of_the_server_are_counted_and_never_fatal(
     url = "http://127.0.0.1:9"
     if reply != "gone":
         url = serve(lambda *request: seen.append(request) or reply)
-    call = servers.tool_server(url, timeout=0.1)
+    call = servers.tool_server(url, timeout=10.0 if reply else 0.1)
     trace = run(item, say(turn(LIST, "{}"), GIVE_UP), call)
     assert len(seen) == attempts and trace[0]["fault"] == fault
     assert json.loads(trace[0]["observation"]) == {"error": error, "response": ""}
@@ -233,7 +233,8 @@ def test_a_judge_whose_endpoint_refuses_functions_may_write_the_json(serve, stat
     (chat('{"answer_status": "0"}'), "nonsense"), (chat_call(status="Solved"), "nonsense"),
     (chat_call(answer_status=["Solved"]), "nonsense")])
 def test_faults_of_the_judge_are_never_success(item, serve, reply, fault):
-    ask = servers.judge_endpoint(serve(lambda *_: reply), "m", timeout=0.1)
+    url = serve(lambda *_: reply)
+    ask = servers.judge_endpoint(url, "m", timeout=10.0 if reply else 0.1)
     verdict = bench.judge(item, answered("leek"), ask)
     assert (verdict["correct"], verdict["score"], verdict["status"]) == (False, 0, "not judged")
     assert verdict["reason"] == f"the judge failed: {fault}"
