@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import time
@@ -46,7 +47,7 @@ from support.distributed import (
     sum_over_ranks,
 )
 from support.files import replacing, write_json
-from support.label_report import format_summary, labels_page, summarize
+from support.label_report import format_summary, labels_page, output_pieces, summarize
 from support.readers import Sample
 from support.report import write_page
 
@@ -70,6 +71,8 @@ class Options:
     # classify
     threshold: float = option(0.0, "loss difference above which a token is reasoning, in nats; "
                                    "kept with the labels", low=float("-inf"))
+    unit: str = option("token", "what is labelled; word: every token of a word gets the word's "
+                                "largest loss difference", choices=["token", "word"])
     max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
     template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
                                    "tokenizer has its tokens, else plain",
@@ -267,13 +270,12 @@ def tune(model: Transformer, datasets, options: Options) -> None:
             optimizer.zero_grad()
 
 
-def check_tuning(model, dataset: Dataset, drawn, base_losses, tuned_losses, options) -> dict:
+def check_tuning(model, dataset: Dataset, drawn, tuned_losses, options: Options) -> dict:
     """Has the tuned model unlearned to use its input?
 
-    On the outputs of at most 32 samples that were not drawn: its mean loss in nats with their own
-    inputs and with each other's, and how much of the use of inputs it has unlearned: the mean of
-    LD, where it is above 0. Only rank 0 is given the losses of the dataset. Returns
-    {"check": the figures}, or {} on other ranks and below 2 such samples.
+    Compares its mean loss, in nats, on the outputs of at most 32 samples that were not drawn: with
+    their own inputs, of which tuned_losses has the losses (only rank 0 is given them), and shuffled
+    among each other. Returns {"check": the figures}, or {} on other ranks and below 2 such samples.
     """
     rest = np.setdiff1d(dataset.kept, drawn)
     left_out = np.random.default_rng(options.seed).permutation(rest)[:32]
@@ -281,25 +283,21 @@ def check_tuning(model, dataset: Dataset, drawn, base_losses, tuned_losses, opti
         return {}
     shuffled, _ = shuffle_outputs(dataset.samples.select(left_out), 1.0, options.seed)
     swapped = Dataset(shuffled, dataset.renderer, 2 * dataset.max_length)
-    wrong_losses = token_losses(model, swapped, options.micro_tokens, "losses with wrong inputs")
+    losses = token_losses(model, swapped, options.micro_tokens, "losses with wrong inputs")
     if tuned_losses is None:
         return {}
-    here = tokens_of(left_out, dataset)
-    difference = loss_difference(tuned_losses[here], base_losses[here])
-    right = float(tuned_losses[here].mean())
-    wrong = float(wrong_losses.mean())
-    unlearned = float(np.maximum(difference, 0).mean())
-    return {"check": {
-        "samples": len(left_out), "loss_right_input": right, "loss_wrong_input": wrong,
-        "unlearned": unlearned, "uses_input": uses_input(right, wrong, unlearned)}}
+    right = float(tuned_losses[tokens_of(left_out, dataset)].mean())
+    wrong = float(losses.mean())
+    return {"check": {"samples": len(left_out), "loss_right_input": right,
+                      "loss_wrong_input": wrong, "uses_input": uses_input(right, wrong)}}
 
 
-def uses_input(right: float, wrong: float, unlearned: float) -> bool:
-    """Whether a discriminator's use of its input is more than what it has unlearned of it.
+def uses_input(right: float, wrong: float) -> bool:
+    """Whether the right inputs save a discriminator more than a fifth of its loss.
 
-    In nats per token: what the right input still saves it, against how much of that it has lost.
+    THRESHOLD_DOC
     """
-    return wrong - right > unlearned
+    return wrong - right > 0.2 * wrong
 
 
 def tokens_of(indices, dataset: Dataset) -> np.ndarray:
@@ -323,6 +321,23 @@ def loss_difference(tuned_losses, base_losses):
 def classify(loss_difference, threshold: float = 0.0):
     """True for reasoning tokens (LD > threshold), False for boilerplate (LD <= threshold)."""
     return loss_difference > threshold
+
+
+def largest_per_word(difference, dataset: Dataset) -> np.ndarray:
+    """LD by word: every token is given the largest LD of its word; both (output tokens,) float32.
+
+    Later tokens of a word follow from its first ones, with or without the input, so that their own
+    LD is near 0. A token goes on with a word where a letter, digit or _ meets another.
+    """
+    starts = []                             # whether a word starts at each token
+    for i in dataset.kept:
+        before = ""
+        for text, _ in output_pieces(dataset, i):
+            starts.append(not (re.match(r"\w", text) and re.search(r"\w$", before)))
+            before = text
+    starts = np.array(starts)
+    largest = np.maximum.reduceat(difference, np.flatnonzero(starts))       # (words,)
+    return largest[np.cumsum(starts) - 1]
 
 
 @dataclass
@@ -427,12 +442,14 @@ def run(options: Options, dataset: Dataset, model: Transformer):
     tuned_losses = token_losses(model, dataset, options.micro_tokens, "losses of the tuned model",
                                 os.path.join(work_dir, "tuned losses"))
     times.append(time.perf_counter())
-    check = check_tuning(model, dataset, drawn, base_losses, tuned_losses, options)
+    check = check_tuning(model, dataset, drawn, tuned_losses, options)
 
     # 3. Classify: a token that became harder to predict depends on its input; LD > 0 is reasoning.
     summary = None
     if rank == 0:
         difference = loss_difference(tuned_losses, base_losses)
+        if options.unit == "word":
+            difference = largest_per_word(difference, dataset)
         unshuffled = ~tokens_of(drawn, dataset)
         is_reasoning = classify(difference, options.threshold)
         summary = summarize(difference, is_reasoning, base_losses, tuned_losses, unshuffled,
@@ -461,7 +478,7 @@ def open_work_dir(path: str, dataset: Dataset, options: Options) -> None:
 
     Raises DataError where the settings differ.
     """
-    may_change = ("out", "data", "threshold", "shard")      # data is compared by its content
+    may_change = ("out", "data", "threshold", "unit", "shard")  # data is compared by its content
     settings = {k: value for k, value in asdict(options).items() if k not in may_change}
     settings |= dataset.fingerprint
     file = os.path.join(path, "settings.json")
