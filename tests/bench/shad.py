@@ -120,15 +120,24 @@ def discriminator_losses(pool: Dataset, held_out, setting, options) -> dict[str,
 def rows_of(dataset: Dataset, difference, head, losses=("", "", "")) -> list[list[str]]:
     """The rows of one LD, by token and by word. head: the cells before; losses: those after."""
     by_word = shad.largest_per_word(difference, dataset)
-    return [[*head, "token", *figures_of(dataset, difference), *losses],
-            [*head, "word", *figures_of(dataset, by_word), *losses]]
+    has_prose = head[0] == "marked"
+    return [[*head, "token", *figures_of(dataset, difference, has_prose), *losses],
+            [*head, "word", *figures_of(dataset, by_word, has_prose), *losses]]
 
 
-def figures_of(dataset: Dataset, difference) -> list[str]:
+def figures_of(dataset: Dataset, difference, has_prose: bool) -> list[str]:
+    """has_prose: connecting tokens are prose, of which nobody knows what is reasoning."""
     roles = dataset.true_roles()
-    figures = judge(difference, shad.classify(difference), roles)
+    is_reasoning = shad.classify(difference)
+    called = judge(difference, is_reasoning, roles)["called_reasoning"]
+    if has_prose:
+        calls = ~roles["connecting"]
+        roles = {role: is_role[calls] for role, is_role in roles.items()}
+        difference = difference[calls]
+        is_reasoning = is_reasoning[calls]
+    figures = judge(difference, is_reasoning, roles)
     clear = figures["clear"]
-    called = [figures["called_reasoning"].get(role) for role in OTHER_ROLES]
+    called = [called.get(role) for role in OTHER_ROLES]
     shares = [figures["error"], clear["error"], clear["precision"], clear["recall"], *called]
     texts = ["-" if share is None else f"{share:.1%}" for share in shares]
     return [*texts[:2], f"{clear['auc']:.3f}", *texts[2:]]
