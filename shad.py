@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import time
@@ -54,7 +55,7 @@ from support.distributed import (
 )
 from support.export import export_labels
 from support.files import claim, damaged_file, release, remove_folder, replacing, write_json
-from support.label_report import format_summary, labels_page, summarize
+from support.label_report import format_summary, labels_page, output_pieces, summarize
 from support.parts import (
     load_part,
     missing_parts,
@@ -88,6 +89,8 @@ class Options:
     # classify
     threshold: float = option(0.0, "loss difference above which a token is reasoning, in nats; "
                                    "kept with the labels", low=-2**32)
+    unit: str = option("token", "what is labelled; word: every token of a word gets the word's "
+                                "largest loss difference", choices=["token", "word"])
     max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
     template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
                                    "tokenizer has its tokens, else plain",
@@ -289,13 +292,12 @@ def tune(model: Transformer, datasets, options: Options) -> None:
         raise DataError(f"the tuned model's {name} is not finite; lower --lr.")
 
 
-def check_tuning(model, dataset: Dataset, drawn, base_losses, tuned_losses, options) -> dict:
+def check_tuning(model, dataset: Dataset, drawn, tuned_losses, options: Options) -> dict:
     """Has the tuned model unlearned to use its input?
 
-    On the outputs of at most 32 samples that were not drawn: its mean loss in nats with their own
-    inputs and with each other's, and how much of the use of inputs it has unlearned: the mean of
-    LD, where it is above 0. Only rank 0 is given the losses of the dataset. Returns
-    {"check": the figures}, or {} on other ranks and below 2 such samples.
+    Compares its mean loss, in nats, on the outputs of at most 32 samples that were not drawn: with
+    their own inputs, of which tuned_losses has the losses (only rank 0 is given them), and shuffled
+    among each other. Returns {"check": the figures}, or {} on other ranks and below 2 such samples.
     """
     rest = np.setdiff1d(dataset.kept, drawn)
     left_out = np.random.default_rng(options.seed).permutation(rest)[:32]
@@ -303,25 +305,21 @@ def check_tuning(model, dataset: Dataset, drawn, base_losses, tuned_losses, opti
         return {}
     shuffled, _ = shuffle_outputs(dataset.samples.select(left_out), 1.0, options.seed)
     swapped = Dataset(shuffled, dataset.renderer, 2 * dataset.max_length)
-    wrong_losses = token_losses(model, swapped, options.micro_tokens, "losses with wrong inputs")
+    losses = token_losses(model, swapped, options.micro_tokens, "losses with wrong inputs")
     if tuned_losses is None:
         return {}
-    here = tokens_of(left_out, dataset)
-    difference = loss_difference(tuned_losses[here], base_losses[here])
-    right = float(tuned_losses[here].mean())
-    wrong = float(wrong_losses.mean())
-    unlearned = float(np.maximum(difference, 0).mean())
-    return {"check": {
-        "samples": len(left_out), "loss_right_input": right, "loss_wrong_input": wrong,
-        "unlearned": unlearned, "uses_input": uses_input(right, wrong, unlearned)}}
+    right = float(tuned_losses[tokens_of(left_out, dataset)].mean())
+    wrong = float(losses.mean())
+    return {"check": {"samples": len(left_out), "loss_right_input": right,
+                      "loss_wrong_input": wrong, "uses_input": uses_input(right, wrong)}}
 
 
-def uses_input(right: float, wrong: float, unlearned: float) -> bool:
-    """Whether a discriminator's use of its input is more than what it has unlearned of it.
+def uses_input(right: float, wrong: float) -> bool:
+    """Whether the right inputs save a discriminator more than a fifth of its loss.
 
-    In nats per token: what the right input still saves it, against how much of that it has lost.
+    THRESHOLD_DOC
     """
-    return wrong - right > unlearned
+    return wrong - right > 0.2 * wrong
 
 
 def tokens_of(indices, dataset: Dataset) -> np.ndarray:
@@ -345,6 +343,23 @@ def loss_difference(tuned_losses, base_losses):
 def classify(loss_difference, threshold: float = 0.0):
     """True for reasoning tokens (LD > threshold), False for boilerplate (LD <= threshold)."""
     return loss_difference > threshold
+
+
+def largest_per_word(difference, dataset: Dataset) -> np.ndarray:
+    """LD by word: every token is given the largest LD of its word; both (output tokens,) float32.
+
+    Later tokens of a word follow from its first ones, with or without the input, so that their own
+    LD is near 0. A token goes on with a word where a letter, digit or _ meets another.
+    """
+    starts = []                             # whether a word starts at each token
+    for i in dataset.kept:
+        before = ""
+        for text, _ in output_pieces(dataset, i):
+            starts.append(not (re.match(r"\w", text) and re.search(r"\w$", before)))
+            before = text
+    starts = np.array(starts)
+    largest = np.maximum.reduceat(difference, np.flatnonzero(starts))       # (words,)
+    return largest[np.cumsum(starts) - 1]
 
 
 # What labels may be of each output token: the name of the array, and the command that makes it.
@@ -466,7 +481,7 @@ def run(options: Options, dataset: Dataset, model: Transformer):
     tuned_losses = token_losses(model, dataset, options.micro_tokens, "losses of the tuned model",
                                 os.path.join(work_dir, "tuned losses"))
     times.append(time.perf_counter())
-    check = check_tuning(model, dataset, drawn, base_losses, tuned_losses, options)
+    check = check_tuning(model, dataset, drawn, tuned_losses, options)
 
     # 3. Classify: a token that became harder to predict depends on its input; LD > 0 is reasoning.
     summary = on_rank_0(write_results, options, dataset, base_losses, tuned_losses, drawn, check,
@@ -489,6 +504,8 @@ def write_results(options, dataset: Dataset, base_losses, tuned_losses, drawn, c
     the end.
     """
     difference = loss_difference(tuned_losses, base_losses)
+    if options.unit == "word":
+        difference = largest_per_word(difference, dataset)
     unshuffled = ~tokens_of(drawn, dataset)                                 # (output tokens,)
     is_reasoning = classify(difference, options.threshold)
     summary = summarize(difference, is_reasoning, base_losses, tuned_losses, unshuffled,

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 import shad
 from data import Dataset
 from model import Transformer
+from support.label_report import output_pieces
 from support.readers import toy_samples
 from support.templates import Renderer
-from tiny import apigen, write
+from tiny import apigen, talk, write
 from train import TOY
 
 
@@ -112,8 +113,8 @@ def test_a_model_that_was_not_tuned_still_uses_its_input(tmp_path, capsys):
     summary = tune_on_the_toy(tmp_path, shuffle=20, lr=0.0)
     check = summary["check"]
     assert check["samples"] == 32
-    assert check["unlearned"] == summary["top_tenth_rise"] == 0
-    assert check["loss_wrong_input"] > check["loss_right_input"] + 0.1
+    assert summary["top_tenth_rise"] == 0
+    assert check["loss_wrong_input"] > 1.2 * check["loss_right_input"]
     assert check["uses_input"]
     assert "raise --lr or --shuffle" in capsys.readouterr().out
 
@@ -125,7 +126,7 @@ def test_a_model_that_was_tuned_hard_no_longer_does(tmp_path, capsys):
     assert summary["shuffled"] == 108                   # a tenth is left out in any case
     assert check["samples"] == 12
     assert not check["uses_input"]
-    assert check["loss_wrong_input"] - check["loss_right_input"] < check["unlearned"]
+    assert check["loss_wrong_input"] < 1.2 * check["loss_right_input"]
     assert summary["top_tenth_rise"] > 1
     assert "has unlearned to use its input" in capsys.readouterr().out
 
@@ -136,3 +137,39 @@ def test_without_samples_left_out_nothing_is_checked(chatml, tmp_path):
     _, summary = shad.run(options, dataset, Transformer.from_pretrained(chatml))
     assert summary["shuffled"] == 9
     assert "check" not in summary
+
+
+def test_by_word_every_token_has_the_largest_ld_of_its_word(chatml, tmp_path):
+    texts = ["find_books, now\n", "x 東京", ""]
+    dataset = Dataset([talk(("user", "q"), ("assistant", text)) for text in texts],
+                      Renderer(chatml))
+    difference = np.random.default_rng(0).normal(size=dataset.output_starts[-1])
+    by_word = shad.largest_per_word(difference.astype(np.float32), dataset)
+    found = []
+    k = 0
+    for i in range(len(texts)):
+        for text, _ in output_pieces(dataset, i):
+            found.append((text, difference[k].astype(np.float32), by_word[k]))
+            k += 1
+    assert k == len(difference)
+    words = []                                          # by hand: [(token, LD, LD by word), ...]
+    for token in found:
+        letters = token[0].replace("_", "a")
+        if not (words and letters[:1].isalnum() and words[-1][-1][0][-1:].isalnum()):
+            words.append([])
+        words[-1].append((letters, *token[1:]))
+    assert any(len(word) > 2 for word in words)
+    for word in words:
+        assert {new for _, _, new in word} == {max(own for _, own, _ in word)}
+
+
+def test_the_unit_decides_which_labels_are_saved(chatml, tmp_path):
+    dataset = Dataset.load([write(tmp_path / "a.json", apigen(30))], chatml, "auto", 2048)
+    labels = {}
+    for unit in ("token", "word"):
+        options = shad.Options(model=chatml, data=[""], out=str(tmp_path / unit), shuffle=10,
+                               unit=unit)
+        labels[unit], _ = shad.run(options, dataset, Transformer.from_pretrained(chatml))
+    expected = shad.largest_per_word(labels["token"], dataset)
+    assert np.array_equal(labels["word"], expected)
+    assert not np.array_equal(labels["word"], labels["token"])

@@ -10,7 +10,7 @@ token), then by word, and by the mean LD of all seeds.
 """
 import itertools
 import os
-import re
+import tempfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ import shad
 from data import Dataset
 from model import CheckpointError, Transformer, resolve
 from support.cli import option, parse_options, run_script
-from support.label_report import judge, output_pieces
+from support.label_report import judge
 from support.readers import SPAN_ROLES, TOOL_PROMPT, Message, Sample, call_spans, read_samples
 from support.records import read_records
 from support.templates import Renderer
@@ -46,7 +46,8 @@ class Options:
     seeds: int = option(1, "seeds of each row", low=1)
     batch_tokens: int = option(4096, "tokens per global batch", low=1)
     micro_tokens: int = option(2048, "tokens per forward", low=1)
-    out: str = option("shad_losses", "keep the losses here, and resume from them")
+    out: str = option(None, "keep the losses of this model and data here, and resume from them "
+                            "(default: a temporary directory)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -78,25 +79,6 @@ def split_end(samples, renderer, options) -> tuple[Dataset, Dataset | None]:
     before = [samples[i] for i in kept[:cut]]
     held_out = Dataset([samples[i] for i in kept[cut:]], renderer, options.max_length)
     return Dataset(before, renderer, options.max_length) if before else None, held_out
-
-
-def words(dataset: Dataset) -> np.ndarray:
-    """The number of the word that each output token belongs to: (output tokens,) int."""
-    starts_word = []
-    for i in dataset.kept:
-        before = ""
-        for text, _ in output_pieces(dataset, i):
-            goes_on = re.match(r"\w", text) and re.search(r"\w$", before)
-            starts_word.append(not goes_on)
-            before = text
-    return np.cumsum(starts_word) - 1
-
-
-def by_word(difference: np.ndarray, word: np.ndarray) -> np.ndarray:
-    """Every token's LD becomes the largest LD of its word."""
-    largest = np.full(word[-1] + 1, -np.inf, np.float32)
-    np.maximum.at(largest, word, difference)
-    return largest[word]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -135,12 +117,27 @@ def discriminator_losses(pool: Dataset, held_out, setting, options) -> dict[str,
 # --------------------------------------------------------------------------------------------------
 # The table
 
-def row(dataset: Dataset, difference) -> list[str]:
-    """The figures of one way of labelling, from the error on."""
+def rows_of(dataset: Dataset, difference, head, losses=("", "", "")) -> list[list[str]]:
+    """The rows of one LD, by token and by word. head: the cells before; losses: those after."""
+    by_word = shad.largest_per_word(difference, dataset)
+    has_prose = head[0] == "marked"
+    return [[*head, "token", *figures_of(dataset, difference, has_prose), *losses],
+            [*head, "word", *figures_of(dataset, by_word, has_prose), *losses]]
+
+
+def figures_of(dataset: Dataset, difference, has_prose: bool) -> list[str]:
+    """has_prose: connecting tokens are prose, of which nobody knows what is reasoning."""
     roles = dataset.true_roles()
-    figures = judge(difference, shad.classify(difference), roles)
+    is_reasoning = shad.classify(difference)
+    called = judge(difference, is_reasoning, roles)["called_reasoning"]
+    if has_prose:
+        calls = ~roles["connecting"]
+        roles = {role: is_role[calls] for role, is_role in roles.items()}
+        difference = difference[calls]
+        is_reasoning = is_reasoning[calls]
+    figures = judge(difference, is_reasoning, roles)
     clear = figures["clear"]
-    called = [figures["called_reasoning"].get(role) for role in OTHER_ROLES]
+    called = [called.get(role) for role in OTHER_ROLES]
     shares = [figures["error"], clear["error"], clear["precision"], clear["recall"], *called]
     texts = ["-" if share is None else f"{share:.1%}" for share in shares]
     return [*texts[:2], f"{clear['auc']:.3f}", *texts[2:]]
@@ -149,6 +146,7 @@ def row(dataset: Dataset, difference) -> list[str]:
 def main():
     options = parse_options(Options, __doc__)
     options.model = resolve(options.model)
+    options.out = options.out or tempfile.mkdtemp()
     os.makedirs(options.out, exist_ok=True)
     renderer = Renderer(options.model)
     held_out = {}
@@ -165,21 +163,15 @@ def main():
         tuned = [discriminator_losses(pool, held_out, (*setting, s), options) for s in seeds]
         for name, dataset in held_out.items():
             is_reasoning = dataset.true_roles()["reasoning"]
-            word = words(dataset)
             differences = [losses[f"{name} right"] - base[f"{name} right"] for losses in tuned]
             for seed, losses, difference in zip(seeds, tuned, differences, strict=True):
                 right = losses[f"{name} right"]
                 ends = [right.mean(), losses[f"{name} wrong"].mean(), right[is_reasoning].mean()]
                 ends = [f"{loss:.2f}" for loss in ends]
-                head = [name, *setting, seed]
-                rows.append([*head, "token", *row(dataset, difference), *ends])
-                rows.append([*head, "word", *row(dataset, by_word(difference, word)), *ends])
+                rows += rows_of(dataset, difference, [name, *setting, seed], ends)
             if len(differences) > 1:
                 mean = np.mean(differences, axis=0)
-                head = [name, *setting, "all"]
-                rows.append([*head, "token, mean LD", *row(dataset, mean), "", "", ""])
-                rows.append(
-                    [*head, "word, mean LD", *row(dataset, by_word(mean, word)), "", "", ""])
+                rows += rows_of(dataset, mean, [name, *setting, "mean LD"])
     measure.print_heading(f"SHAD: {len(pool.samples)} samples to shuffle from; held out: "
                           + ", ".join(f"{name} {d.describe()}" for name, d in held_out.items()))
     print(measure.table(HEADER, rows))
