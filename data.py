@@ -133,7 +133,7 @@ class Dataset:
         self.renderer = renderer
         self.max_length = max_length
         self.dropped = info["dropped"]
-        self.notes = info["notes"]                  # {what is odd about some samples: how many}
+        self.notes = info["notes"]                  # {what is odd: the number of such samples}
         self.fingerprint = info["fingerprint"]
         self.roles = arrays["roles"]                # indices into TOKEN_ROLES, of all tokens
         self.ids = RaggedArray(arrays["tokens"], starts)
@@ -160,7 +160,7 @@ class Dataset:
         samples = itertools.chain.from_iterable(streams)
         files = [split_slice(path)[0] for path in paths]
         if not all(os.path.isfile(file) for file in files):
-            return cls(samples, renderer, max_length)   # the toy, or an error that names a file
+            return cls(samples, renderer, max_length)   # the toy; for a missing file, its error
         directory = cache_directory(paths, files, renderer, max_length)
         if damaged_file(directory):                     # or not there
             try:
@@ -180,7 +180,7 @@ class Dataset:
         arrays = {}
         for name, dtype in ARRAYS.items():
             path = os.path.join(directory, name)
-            empty = os.path.getsize(path) == 0          # which cannot be mapped
+            empty = os.path.getsize(path) == 0          # an empty file cannot be mapped
             arrays[name] = np.zeros(0, dtype) if empty else np.memmap(path, dtype, "r")
         dataset = cls.__new__(cls)
         dataset._attach(arrays, info, renderer, max_length)
@@ -247,8 +247,8 @@ def cache_directory(paths, files, renderer, max_length) -> str:
 def epoch_batches(lengths, indices, batch_tokens: int, seed: int, epoch: int = 0):
     """The global batches of one epoch, a list of arrays of sample indices.
 
-    Each has at most batch_tokens tokens (a longer sample stands alone). They are a function of the
-    data, the seed and batch_tokens alone. Similar lengths go together, to keep padding small: the
+    Each has at most batch_tokens tokens (a longer sample is a batch of its own). They depend only
+    on the data, the seed and batch_tokens. Similar lengths go together, to keep padding small: the
     shuffled samples are sorted in pools of 32 batches, cut into batches, and the batches shuffled.
     """
     rng = np.random.default_rng((seed, epoch))
@@ -265,8 +265,8 @@ def epoch_batches(lengths, indices, batch_tokens: int, seed: int, epoch: int = 0
 def micro_batches(batch, lengths, micro_tokens: int, rank: int = 0, world: int = 1):
     """This rank's share of a global batch, a list of arrays of sample indices.
 
-    Each has at most micro_tokens tokens, padding included. Every rank gets as many of them, some
-    perhaps empty: ranks that hold a model together must go through it together.
+    Each has at most micro_tokens tokens, padding included. Every rank gets the same number of them,
+    possibly with empty ones at the end: ranks that share a sharded model must run forward together.
     """
     batch = np.sort(np.asarray(batch))
     by_length = batch[np.argsort(-lengths[batch], kind="stable")]
@@ -297,19 +297,18 @@ def split_by_tokens(indices, lengths, budget: int, padded: bool = True) -> list[
 
 
 def collate(dataset: Dataset, indices, labels=None, device="cpu"):
-    """Right-padded tensors (B, T) of some samples: tokens, targets, and their labels.
+    """(tokens, targets, the targets' labels) of some samples, right-padded, (B, T) each.
 
-    tokens, targets: int64; targets are already shifted, -100 where nothing is scored. labels: what
-    labels[a:b] gives for the output tokens a to b of the dataset, in data order; False everywhere
-    where `labels` is None. Of no samples: one token with nothing to score, for a rank that has no
-    work where others do.
+    tokens, targets: int64. targets[b, t] is the token after tokens[b, t], or -100 where that is
+    input or padding. labels: is_reasoning of all output tokens, such that labels[a:b] is that of
+    output tokens a to b of the dataset; the targets' labels are False where there is none. Without
+    samples: one row of one unscored token, for a rank that has no work while others do.
     """
     B = max(1, len(indices))
     T = max((int(dataset.lengths[i]) for i in indices), default=2) - 1
     tokens = np.zeros((B, T), np.int64)
     targets = np.full((B, T), -100, np.int64)
-    dtype = bool if labels is None else labels[:0].dtype
-    placed = np.zeros((B, T), dtype)
+    target_labels = np.zeros((B, T), bool if labels is None else labels[:0].dtype)
     for b, i in enumerate(indices):
         ids = dataset.ids[i]
         is_output = dataset.is_output[i][1:]
@@ -317,10 +316,11 @@ def collate(dataset: Dataset, indices, labels=None, device="cpu"):
         tokens[b, :n] = ids[:-1]
         targets[b, :n] = np.where(is_output, ids[1:], -100)
         if labels is not None:
-            here = slice(dataset.output_starts[i], dataset.output_starts[i + 1])
-            placed[b, :n][is_output] = labels[here]
-    return tuple(torch.from_numpy(x).to(device, non_blocking=True)
-                 for x in (tokens, targets, placed))
+            first = dataset.output_starts[i]
+            end = dataset.output_starts[i + 1]
+            target_labels[b, :n][is_output] = labels[first:end]
+    arrays = (tokens, targets, target_labels)
+    return tuple(torch.from_numpy(x).to(device, non_blocking=True) for x in arrays)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def role_losses(model: Transformer, dataset: Dataset, micro_tokens: int, labels=
 
 
 # --------------------------------------------------------------------------------------------------
-# Asking: prompts are answered greedily, and every output is saved as soon as it is there
+# Generation: greedy, batched, and every output is saved as soon as it is finished
 
 def context_length(model: Transformer, max_length: int = 0) -> int:
     """The longest sequence that a model is given, output included: its context, or less."""
@@ -337,7 +337,7 @@ def generate_outputs(bench, model, renderer, items, options: Options, settings: 
 
 
 def by_length(items: list[Item]) -> list[Item]:
-    """Sorted by length, so that of ranks that take turns each gets its share of the long ones."""
+    """Sorted by length, so that each rank gets a fair share of the long ones (see ask_saving)."""
     return sorted(items, key=lambda item: sum(len(m.text) for m in item.messages))
 
 

@@ -193,7 +193,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v, mask = cache.append(self, k, v)
         if mask is not None:
-            # decoding, T = 1: the heads that share a key take the place of T, so it is read once
+            # decoding, T = 1: query heads that share a key fill the T axis, so it is read once
             q = q.reshape(B, k.shape[1], -1, self.head_dim)             # (B, n_kv, group, head_dim)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
                                            enable_gqa=q.shape[1] != k.shape[1])
@@ -223,7 +223,7 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, cos, sin, rows=None, cache=None, recompute=False):
-        if cache is not None:                   # never compiled, since the cache grows
+        if cache is not None:   # not self.attend_and_mlp, which may be compiled: the cache grows
             return Block.attend_and_mlp(self, x, cos, sin, rows, cache)
         if recompute:
             return checkpointed(self.attend_and_mlp, x, cos, sin, rows)
@@ -231,7 +231,7 @@ class Block(nn.Module):
 
     def attend_and_mlp(self, x, cos, sin, rows=None, cache=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        if rows is not None:        # after the last attention tokens no longer mix: go on with some
+        if rows is not None:        # after the last attention tokens no longer mix: keep these only
             x = x.flatten(0, 1)[rows]                                   # (n, H)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -490,7 +490,7 @@ def local_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return tensor.to_local().detach(), min(start, len(tensor))
 
 
-# ---- Hand-written backward passes. Each lifts out of this file with `import torch` alone. ------
+# ---- Hand-written backward passes. To copy one, take it with `import math` and `import torch`. --
 class _RMSNorm(torch.autograd.Function):
     """y = n * weight, n = x / sqrt(mean(x^2) + eps), in float32 or wider. Saves x and 1 / sqrt."""
 
@@ -525,7 +525,7 @@ def fused_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: tor
     Two passes of the head instead of one: RFT weighs tokens by their losses, so the gradients
     cannot be made during forward (Liger's trick); backward recomputes each chunk's logits. Cost:
     8 N V H floating-point operations, where N counts only the scored tokens, against 6 N V H for
-    the plain way over all tokens, and one chunk of logits instead of ~13 N V bytes.
+    naive logits of all tokens, and the memory of one chunk of logits instead of ~13 N V bytes.
 
     Losses are float32 whatever the inputs, since SHAD subtracts two of them: rounding logits to
     bf16 costs 0.02 nats. torch >= 2.13 has `F.linear_cross_entropy`; with reduction="none" it

@@ -86,7 +86,7 @@ def sft(losses, labels, is_output, totals, options):
     Needs no labels; those it is given are only reported.
     """
     _, n = group_losses(losses.detach(), labels, is_output)                         # (2, B)
-    return losses.sum() / totals.tokens, n.sum(-1) / totals.tokens
+    return losses.sum() / totals.tokens, n.sum(-1) / totals.tokens      # losses: 0 off the output
 
 
 def rft(losses, is_reasoning, is_output, totals, options):

@@ -112,9 +112,9 @@ FILES = ("labels.safetensors", "labels.html", "summary.json", "parts")      # wh
 def shuffle_outputs(samples: list[Sample], fraction: float, seed: int):
     """Draw a fraction of the samples and permute the outputs among them.
 
-    No output stays with its own input; inputs stay where they are. The output turns of a
-    conversation move one by one. samples: at least 2. fraction: of the samples, in (0, 1]; at least
-    2 are drawn. Returns (the shuffled samples, the indices that were drawn). Raises DataError below
+    No output stays with its own input; inputs stay where they are. The output turns of one
+    conversation may go to different ones. fraction: in (0, 1]; at least 2 samples are drawn.
+    Returns (the shuffled samples, the indices that were drawn). Raises DataError for fewer than
     2 samples.
     """
     if len(samples) < 2:
@@ -142,12 +142,11 @@ def shuffle_outputs(samples: list[Sample], fraction: float, seed: int):
 
 
 def derange(turns_by_sample: list[list], rng: random.Random) -> dict:
-    """{turn: another sample's turn that takes its place}.
+    """{turn: the turn of another sample that takes its place}; a turn is (sample, message).
 
-    Lay all turns in a row, each sample's side by side. Rotating the row by at least the longest
-    sample's number of turns, and at most all minus that number, moves every turn to another sample.
-    Where one sample has more than half of all turns no rotation does; it then gets the others'
-    turns more than once.
+    Lay all N turns in a row, sample after sample, and let the longest sample have m of them.
+    Rotating the row by m to N - m places moves every turn to another sample. Where m > N / 2 there
+    is no such rotation; the longest sample then gets the other samples' turns more than once.
     """
     turns = list(itertools.chain(*turns_by_sample))
     longest = max(turns_by_sample, key=len)
@@ -167,7 +166,7 @@ def shuffled_datasets(dataset: Dataset, drawn, shuffled: list[Sample], options):
         if epoch and options.reshuffle:
             shuffled, _ = shuffle_outputs(samples, 1.0, options.seed + epoch)
         if not epoch or options.reshuffle:
-            # an output may now follow a longer input
+            # a shuffled sample can be longer: its output now follows another input
             current = Dataset(shuffled, dataset.renderer, 2 * dataset.max_length)
         yield current
 
@@ -188,39 +187,32 @@ def token_losses(model, dataset: Dataset, micro_tokens: int, title: str, directo
     todo = list(range(len(parts)))
     if directory:
         todo = on_rank_0(missing_parts, len(parts), directory)
-    losses = np.zeros(0 if directory else dataset.output_starts[-1], np.float32)
     total = int(dataset.lengths.sum())
     left = sum(int(dataset.lengths[parts[p]].sum()) for p in todo)
     bar = tqdm(desc=title, total=total, initial=total - left, unit="token", unit_scale=True,
                leave=None, disable=rank > 0)
+    losses = np.zeros(0 if directory else dataset.output_starts[-1], np.float32)
     for first in range(0, len(todo), world):
-        # One part per rank at a time. Ranks that share a model must make the same number of
-        # forwards, so each knows the plans of all and fills up with empty micro-batches.
-        plans = []
-        for p in todo[first:first + world]:
-            plans.append(micro_batches(parts[p], dataset.lengths, micro_tokens))
-        plans += [[]] * (world - len(plans))
-        by_sample = {}
-        for k in range(max(len(plan) for plan in plans)):
-            together = [plan[k] for plan in plans if k < len(plan)]
-            indices = plans[rank][k] if k < len(plans[rank]) else []
-            by_sample |= sample_losses(model, dataset, indices)
-            bar.update(int(dataset.lengths[np.concatenate(together)].sum()))
+        numbers = todo[first:first + world]                 # one part per rank at a time
+        by_sample = part_losses(model, dataset, [parts[p] for p in numbers], micro_tokens, bar)
         check_finite(by_sample, dataset, title, model.head.device)
-        if by_sample:
-            p = todo[first + rank]
-            part_losses = np.concatenate([by_sample[i] for i in sorted(by_sample)])
-            if directory:
-                save_part(directory, p, part_losses)
-            else:
-                start = dataset.output_starts[parts[p][0]]
-                end = dataset.output_starts[parts[p][-1] + 1]
-                losses[start:end] = part_losses
+        if not by_sample:
+            continue
+        p = numbers[rank]
+        own_losses = np.concatenate([by_sample[i] for i in sorted(by_sample)])
+        if directory:
+            save_part(directory, p, own_losses)
+        else:
+            start = dataset.output_starts[parts[p][0]]
+            end = dataset.output_starts[parts[p][-1] + 1]
+            losses[start:end] = own_losses
     bar.close()
     if hasattr(model, "reshard"):
-        # FSDP's root stays whole until a backward; an optimizer made now would hold copies of its
-        # parameters, not the shards
+        # FSDP keeps the root gathered until a backward; an optimizer made now would hold the
+        # gathered copies instead of the shards
         model.reshard()
+
+    # put the parts together
     if directory:
         barrier()                       # all parts are written
         if rank > 0:
@@ -229,6 +221,24 @@ def token_losses(model, dataset: Dataset, micro_tokens: int, title: str, directo
     summed = torch.from_numpy(losses).to(model.head.device)
     sum_over_ranks(summed)              # each token is filled in by one rank and 0 on the others
     return summed.cpu().numpy()
+
+
+def part_losses(model, dataset: Dataset, parts: list, micro_tokens: int, bar) -> dict:
+    """{sample: the losses of its output tokens, float32} of parts[rank]; {} if there is none.
+
+    Ranks that share a sharded model must all run the same number of forward passes. Each rank
+    therefore plans every rank's part, and fills up its own plan with empty micro-batches.
+    """
+    rank, world = rank_and_world()
+    plans = [micro_batches(part, dataset.lengths, micro_tokens) for part in parts]
+    plans += [[]] * (world - len(plans))
+    by_sample = {}
+    for k in range(max(len(plan) for plan in plans)):
+        indices = plans[rank][k] if k < len(plans[rank]) else []
+        by_sample |= sample_losses(model, dataset, indices)
+        on_all_ranks = [plan[k] for plan in plans if k < len(plan)]
+        bar.update(int(dataset.lengths[np.concatenate(on_all_ranks)].sum()))
+    return by_sample
 
 
 @torch.no_grad()
@@ -246,7 +256,8 @@ def label_parts(dataset: Dataset, micro_tokens: int) -> list[np.ndarray]:
     """The kept samples in at most about 1,000 parts, each of several micro-batches."""
     ends = np.cumsum(dataset.lengths[dataset.kept])
     part_tokens = max(8 * micro_tokens, ends[-1] // 1000)
-    bounds = np.flatnonzero(np.diff(ends // part_tokens)) + 1   # where `ends` passes a multiple
+    # a part ends where the running count of tokens passes a multiple of part_tokens
+    bounds = np.flatnonzero(np.diff(ends // part_tokens)) + 1
     return np.split(dataset.kept, bounds)
 
 
@@ -292,50 +303,13 @@ def tune(model: Transformer, datasets, options: Options) -> None:
         raise DataError(f"the tuned model's {name} is not finite; lower --lr.")
 
 
-def check_tuning(model, dataset: Dataset, drawn, tuned_losses, options: Options) -> dict:
-    """Has the tuned model unlearned to use its input?
-
-    Compares its mean loss, in nats, on the outputs of at most 32 samples that were not drawn: with
-    their own inputs, of which tuned_losses has the losses (only rank 0 is given them), and shuffled
-    among each other. Returns {"check": the figures}, or {} on other ranks and below 2 such samples.
-    """
-    rest = np.setdiff1d(dataset.kept, drawn)
-    left_out = np.random.default_rng(options.seed).permutation(rest)[:32]
-    if len(left_out) < 2:
-        return {}
-    shuffled, _ = shuffle_outputs(dataset.samples.select(left_out), 1.0, options.seed)
-    swapped = Dataset(shuffled, dataset.renderer, 2 * dataset.max_length)
-    losses = token_losses(model, swapped, options.micro_tokens, "losses with wrong inputs")
-    if tuned_losses is None:
-        return {}
-    right = float(tuned_losses[tokens_of(left_out, dataset)].mean())
-    wrong = float(losses.mean())
-    return {"check": {"samples": len(left_out), "loss_right_input": right,
-                      "loss_wrong_input": wrong, "uses_input": uses_input(right, wrong)}}
-
-
-def uses_input(right: float, wrong: float) -> bool:
-    """Whether the right inputs save a discriminator more than a fifth of its loss.
-
-    THRESHOLD_DOC
-    """
-    return wrong - right > 0.2 * wrong
-
-
-def tokens_of(indices, dataset: Dataset) -> np.ndarray:
-    """True for the output tokens of some samples: (output tokens,) bool."""
-    chosen = np.zeros(len(dataset.samples), bool)
-    chosen[indices] = True
-    return np.repeat(chosen, dataset.output_counts)
-
-
 # --------------------------------------------------------------------------------------------------
 # Step 3: classify every output token by its loss difference
 
 def loss_difference(tuned_losses, base_losses):
     """LD = loss_tuned - loss_base of every token, in nats.
 
-    It is what is lost when outputs may no longer depend on inputs.
+    How much harder a token is to predict for a model whose outputs did not follow from its inputs.
     """
     return tuned_losses - base_losses
 
@@ -343,23 +317,6 @@ def loss_difference(tuned_losses, base_losses):
 def classify(loss_difference, threshold: float = 0.0):
     """True for reasoning tokens (LD > threshold), False for boilerplate (LD <= threshold)."""
     return loss_difference > threshold
-
-
-def largest_per_word(difference, dataset: Dataset) -> np.ndarray:
-    """LD by word: every token is given the largest LD of its word; both (output tokens,) float32.
-
-    Later tokens of a word follow from its first ones, with or without the input, so that their own
-    LD is near 0. A token goes on with a word where a letter, digit or _ meets another.
-    """
-    starts = []                             # whether a word starts at each token
-    for i in dataset.kept:
-        before = ""
-        for text, _ in output_pieces(dataset, i):
-            starts.append(not (re.match(r"\w", text) and re.search(r"\w$", before)))
-            before = text
-    starts = np.array(starts)
-    largest = np.maximum.reduceat(difference, np.flatnonzero(starts))       # (words,)
-    return largest[np.cumsum(starts) - 1]
 
 
 # What labels may be of each output token: the name of the array, and the command that makes it.
@@ -531,6 +488,63 @@ def write_results(options, dataset: Dataset, base_losses, tuned_losses, drawn, c
 def claim_export(path: str, create: bool = True) -> None:
     folder, name = os.path.split(path)
     claim(folder or ".", [name], "shad.py --export", create)
+
+
+# --------------------------------------------------------------------------------------------------
+# Beyond the paper: was the tuning enough, and labels by word
+
+def check_tuning(model, dataset: Dataset, drawn, tuned_losses, options: Options) -> dict:
+    """Has the tuned model unlearned to use its input?
+
+    Compares its mean loss, in nats, on the outputs of at most 32 samples that were not drawn: with
+    their own inputs, of which tuned_losses has the losses (only rank 0 is given them), and shuffled
+    among each other. Returns {"check": the figures}, or {} on other ranks and below 2 such samples.
+    """
+    rest = np.setdiff1d(dataset.kept, drawn)
+    left_out = np.random.default_rng(options.seed).permutation(rest)[:32]
+    if len(left_out) < 2:
+        return {}
+    shuffled, _ = shuffle_outputs(dataset.samples.select(left_out), 1.0, options.seed)
+    swapped = Dataset(shuffled, dataset.renderer, 2 * dataset.max_length)
+    losses = token_losses(model, swapped, options.micro_tokens, "losses with wrong inputs")
+    if tuned_losses is None:
+        return {}
+    right = float(tuned_losses[tokens_of(left_out, dataset)].mean())
+    wrong = float(losses.mean())
+    return {"check": {"samples": len(left_out), "loss_right_input": right,
+                      "loss_wrong_input": wrong, "uses_input": uses_input(right, wrong)}}
+
+
+def uses_input(right: float, wrong: float) -> bool:
+    """Whether the right inputs save a discriminator more than a fifth of its loss.
+
+    THRESHOLD_DOC
+    """
+    return wrong - right > 0.2 * wrong
+
+
+def tokens_of(indices, dataset: Dataset) -> np.ndarray:
+    """True for the output tokens of some samples: (output tokens,) bool."""
+    chosen = np.zeros(len(dataset.samples), bool)
+    chosen[indices] = True
+    return np.repeat(chosen, dataset.output_counts)
+
+
+def largest_per_word(difference, dataset: Dataset) -> np.ndarray:
+    """LD by word: every token is given the largest LD of its word; both (output tokens,) float32.
+
+    Later tokens of a word follow from its first ones, with or without the input, so that their own
+    LD is near 0. A token goes on with a word where a letter, digit or _ meets another.
+    """
+    starts = []                             # whether a word starts at each token
+    for i in dataset.kept:
+        before = ""
+        for text, _ in output_pieces(dataset, i):
+            starts.append(not (re.match(r"\w", text) and re.search(r"\w$", before)))
+            before = text
+    starts = np.array(starts)
+    largest = np.maximum.reduceat(difference, np.flatnonzero(starts))       # (words,)
+    return largest[np.cumsum(starts) - 1]
 
 
 def main():

@@ -11,8 +11,8 @@
 The last needs labels by baselines/reference.py, as rewardft does: see METHODS in rft.py.
 
 Writes OUT/metrics.jsonl, one line per step, and OUT/model, a Hugging Face directory. The loss and
-the gradient of a global batch do not depend on how it is cut: ranks and micro-batches each add
-their share, whose normalization is known from the whole batch.
+the gradient of a global batch do not depend on how it is cut: each micro-batch of each rank adds
+its share, normalized by the totals of the whole batch.
 """
 import hashlib
 import itertools
@@ -272,7 +272,7 @@ def not_finite(model, dataset: Dataset, batch, options: Options) -> list[str]:
         tokens, targets, _ = collate(dataset, indices, device=device)
         with mixed_precision(device):
             totals = model(tokens, targets).sum(1)                                  # (B,)
-        for i, total in zip(indices, totals, strict=False):     # of no samples there is one row
+        for i, total in zip(indices, totals, strict=False):     # an empty micro-batch has one row
             bad[i] = not total.isfinite()
     sum_over_ranks(bad)
     return [dataset.samples[int(i)].id for i in bad.nonzero()]
@@ -307,10 +307,7 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
     on_rank_0(claim, options.out, FILES, "train.py")
     batches = plan_batches(dataset, options)
     optimizer = make_optimizer(model, options)
-    settings = {k: v for k, v in asdict(options).items() if k not in MAY_CHANGE}
-    settings |= dataset.fingerprint
-    if labels is not None:
-        settings["labels"] = hashlib.sha256(labels[:]).hexdigest()
+    settings = run_settings(dataset, labels, options)
     grouped = labels is not None and has_groups(labels)
     first = 0
     if options.resume:
@@ -357,10 +354,7 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
         if stop or (options.checkpoint_every and (step + 1) % options.checkpoint_every == 0):
             save_checkpoint(options.out, step + 1, model, optimizer, settings, options.keep)
         if stop:
-            if rank == 0:
-                print(f"\ntold to stop: {options.out}/checkpoints holds step {step + 1} of "
-                      f"{len(batches)}; the same command with --resume goes on.")
-            sys.exit(0)
+            exit_stopped(step + 1, len(batches), options)
     bar.close()
     if rank == 0:
         log.close()
@@ -368,6 +362,23 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
               dataset.renderer.directory)
     release(options.out)
     return metrics
+
+
+def exit_stopped(step: int, steps: int, options: Options) -> None:
+    """End the process with exit code 0, after a checkpoint at `step` of `steps`."""
+    if rank_and_world()[0] == 0:
+        print(f"\ntold to stop: {options.out}/checkpoints holds step {step} of "
+              f"{steps}; the same command with --resume goes on.")
+    sys.exit(0)
+
+
+def run_settings(dataset: Dataset, labels, options: Options) -> dict:
+    """What --resume must find unchanged: options, and hashes of the data and of the labels."""
+    settings = {k: v for k, v in asdict(options).items() if k not in MAY_CHANGE}
+    settings |= dataset.fingerprint
+    if labels is not None:
+        settings["labels"] = hashlib.sha256(labels[:]).hexdigest()
+    return settings
 
 
 def plan_batches(dataset: Dataset, options: Options) -> list:

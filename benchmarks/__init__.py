@@ -5,8 +5,8 @@
     judge(item, output) -> {"correct", "reason", ...}   a verdict on one output
     summary(verdicts) -> figures                        what is reported
 
-One that is asked in more than one turn, like StableToolBench, has its own `run`, `read_predictions`
-and `judge_outputs` besides.
+One with several turns per item, like StableToolBench, also has its own `run`, `read_predictions`
+and `judge_outputs`.
 """
 import math
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ def decode(output: str, language: str) -> list[tuple[str, dict]]:
 
     The prompt asks for JSON or calls in `language`; a model's own tool-call form is read as well.
     Java and JavaScript values stay source text: what they mean depends on the documents' types.
-    Raises ValueError if no calls can be read, and what json.loads and ast.parse raise besides.
+    Raises ValueError if no calls can be read, or whatever else json.loads and ast.parse raise.
     """
     if len(output) > LONGEST:
         raise ValueError(f"longer than {LONGEST:,} characters")

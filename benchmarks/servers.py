@@ -147,7 +147,8 @@ def check_reachable(url: str, flag: str) -> None:
 
 def checked_url(url: str) -> str:
     if not re.match(r"https?://[^/]", url):
-        raise DataError(f"{url!r} is not an address; give one that begins with http:// or https://.")
+        raise DataError(f"{url!r} is not an address; "
+                        "give one that begins with http:// or https://.")
     return url.rstrip("/")
 
 

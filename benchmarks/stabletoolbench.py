@@ -150,7 +150,7 @@ def function_document(api: dict) -> dict:
         description += f'The description of this function is: "{about}"'
     properties = {}
     names = {"required": [], "optional": []}
-    # ToolBench, and so its training data, shows optional parameters only beside required ones
+    # ToolBench, and so its training data, shows optional parameters only next to required ones
     for kind in names if api["required_parameters"] else ():
         for parameter in api[f"{kind}_parameters"]:
             parameter_name = standard_name(parameter["name"], reserved=True)

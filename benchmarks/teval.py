@@ -3,6 +3,7 @@
 Names, arguments and thoughts are compared by the cosine of their embeddings.
 """
 import bisect
+import itertools
 import os
 import re
 import zlib
@@ -307,7 +308,7 @@ def summary(verdicts: list[dict]) -> dict:
     """
     formats = {}
     missing = []
-    for category in dict.fromkeys(name for table in ABILITIES.values() for name in table):
+    for category in dict.fromkeys(itertools.chain(*ABILITIES.values())):
         group = [v.get("parts", {}) for v in verdicts if v["category"] == category]
         if not group:
             missing.append(category)
@@ -330,8 +331,10 @@ def summary(verdicts: list[dict]) -> dict:
                 values += [formats[category].get(name, 0) for name in names]
         return float(np.mean(values))
 
-    abilities = {ability: score(table) for ability, table in ABILITIES.items()
-                 if table.keys() & formats.keys()}
+    abilities = {}
+    for ability, table in ABILITIES.items():
+        if table.keys() & formats.keys():
+            abilities[ability] = score(table)
     upstream = dict(abilities)
     if "plan" in abilities:
         upstream["plan"] = score(dict.fromkeys(ABILITIES["plan"], ("f1_upstream",)))

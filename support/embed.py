@@ -63,7 +63,7 @@ def sentence_encoder(directory: str, device="cpu"):
 
 
 def read_config(directory: str) -> dict:
-    """config.json, with "max_tokens" and "pool_first" from the files beside it."""
+    """config.json, with "max_tokens" and "pool_first" from the files next to it."""
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not os.path.isfile(os.path.join(directory, name)):
             raise DataError(f"{directory} holds no {name}; give a sentence model in Hugging Face "

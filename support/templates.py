@@ -172,7 +172,9 @@ class Renderer:
 
     def render_segments(self, samples: list[Sample]):
         """Yield (ids, roles, notes) of each sample."""
-        texts = [message.text for sample in samples for message in sample.messages]
+        texts = []
+        for sample in samples:
+            texts += [message.text for message in sample.messages]
         encodings = iter(self.encode_batch(texts))
         for sample in samples:
             ids = list(self.bos)

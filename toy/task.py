@@ -179,7 +179,7 @@ def toy_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.add_special_tokens([AddedToken(word, special=True) for word in words[:3]])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), "removed", invert=True)
-    # words are joined by spaces, which do not belong beside these
+    # words are joined by spaces, which do not belong next to these
     glue = {" \n ": "\n", " :": ":", " ,": ",", " .": ".", '{" ': '{"', ' ":" ': '":"',
             ' "," ': '","', ' "}': '"}', "( ": "(", " )": ")", " (": "("}
     tokenizer.decoder = decoders.Sequence([
