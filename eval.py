@@ -49,7 +49,7 @@ from support.distributed import (
 from support.embed import sentence_encoder
 from support.files import claim, release, replacing, write_json, writing
 from support.generate import generate_stream
-from support.readers import toy_samples
+from support.readers import SPAN_ROLES, toy_samples
 from support.templates import Renderer
 
 
@@ -111,7 +111,7 @@ def role_losses(model: Transformer, dataset: Dataset, micro_tokens: int, labels=
     if roles is not None:
         groups["reasoning"] = roles["reasoning"]
         groups["boilerplate"] = ~roles["reasoning"]
-        groups |= {name: roles[name] for name in ("format", "connecting") if roles[name].any()}
+        groups |= {name: roles[name] for name in SPAN_ROLES[1:] if roles[name].any()}
     if labels is not None:
         groups["SHAD reasoning"] = labels[:]
         groups["SHAD boilerplate"] = ~labels[:]
@@ -417,6 +417,9 @@ def print_summary(options: Options, summary: dict) -> None:
     if options.bench != "toy":
         for name, value in headline_figures(summary.get("figures", {})):
             print(f"{printable(name)} {value:.4f}")
+    faults = summary.get("figures", {}).get("data_faults")
+    if faults:
+        print(f"{len(faults)} items have faulty data: see data_faults in summary.json")
     losses = summary.get("losses", {})
     by_kind = losses if options.bench == "toy" else {"loss": losses}
     for kind, groups in by_kind.items():

@@ -77,10 +77,12 @@ class Options:
                                "labels that --out holds already are exported as they are")
     # shuffle
     shuffle: float = option(0.01, "share of the samples to shuffle, but no fewer than 96 if there "
-                                  "are as many; above 1: how many")
-    # tune; more than one epoch made it worse on a real model, which then memorizes the outputs
+                                  "are as many; above 1: how many; at most nine tenths of all")
+    # tune
     epochs: int = option(1, "epochs over the shuffled samples", low=1, high=1000)
-    lr: float = option(2e-5, "learning rate of the discriminator, falling linearly to 0")
+    reshuffle: bool = option(False, "shuffle their outputs again in every epoch, so that none can "
+                                    "be learned by heart")
+    lr: float = option(1e-4, "learning rate of the discriminator, falling linearly to 0")
     batch_tokens: int = option(4096, "tokens per global batch", low=1)
     micro_tokens: int = option(4096, "tokens per forward on one rank, padding included", low=1)
     # classify
@@ -153,6 +155,18 @@ def derange(turns_by_sample: list[list], rng: random.Random) -> dict:
     others = [turn for turn in turns if turn not in longest]
     source = dict(zip(longest, itertools.cycle(others), strict=False))
     return source | dict(zip(others, longest, strict=False))
+
+
+def shuffled_datasets(dataset: Dataset, drawn, shuffled: list[Sample], options):
+    """Yield one Dataset per epoch of tuning; with options.reshuffle outputs move in each."""
+    samples = [dataset.samples[i] for i in drawn]
+    for epoch in range(options.epochs):
+        if epoch and options.reshuffle:
+            shuffled, _ = shuffle_outputs(samples, 1.0, options.seed + epoch)
+        if not epoch or options.reshuffle:
+            # an output may now follow a longer input
+            current = Dataset(shuffled, dataset.renderer, 2 * dataset.max_length)
+        yield current
 
 
 # --------------------------------------------------------------------------------------------------
@@ -246,29 +260,75 @@ def check_finite(by_sample: dict, dataset: Dataset, title: str, device) -> None:
 # --------------------------------------------------------------------------------------------------
 # Step 2: tune a copy of the model on the shuffled samples
 
-def tune(model: Transformer, dataset: Dataset, options: Options) -> None:
-    """Ordinary fine-tuning, in place: all parameters, mean loss of the output tokens."""
+def tune(model: Transformer, datasets, options: Options) -> None:
+    """Ordinary fine-tuning, in place: all parameters, mean loss of the output tokens.
+
+    datasets: those of the epochs, options.epochs of them.
+    """
     rank, world = rank_and_world()
     device = model.head.device
-    batches = []
-    for epoch in range(options.epochs):
-        batches += epoch_batches(
-            dataset.lengths, dataset.kept, options.batch_tokens, options.seed, epoch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0, fused=True)
-    for step, batch in enumerate(tqdm(batches, "tune on shuffled", unit="step", disable=rank > 0)):
-        optimizer.param_groups[0]["lr"] = options.lr * (1 - step / len(batches))
-        n = dataset.output_counts[batch].sum()
-        for indices in micro_batches(batch, dataset.lengths, options.micro_tokens, rank, world):
-            tokens, targets, _ = collate(dataset, indices, device=device)           # (B, T)
-            with mixed_precision(device):
-                loss = model(tokens, targets).sum() / n
-            loss.backward()
-        all_reduce_gradients(model)
-        clip_gradients(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    for epoch, dataset in enumerate(datasets):
+        batches = epoch_batches(
+            dataset.lengths, dataset.kept, options.batch_tokens, options.seed, epoch)
+        bar = tqdm(batches, f"tune on shuffled, epoch {epoch + 1}", unit="step", disable=rank > 0)
+        for step, batch in enumerate(bar):
+            progress = (epoch + step / len(batches)) / options.epochs
+            optimizer.param_groups[0]["lr"] = options.lr * (1 - progress)
+            n = dataset.output_counts[batch].sum()
+            for indices in micro_batches(batch, dataset.lengths, options.micro_tokens, rank, world):
+                tokens, targets, _ = collate(dataset, indices, device=device)       # (B, T)
+                with mixed_precision(device):
+                    loss = model(tokens, targets).sum() / n
+                loss.backward()
+            all_reduce_gradients(model)
+            clip_gradients(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
     for name in not_finite(model):
         raise DataError(f"the tuned model's {name} is not finite; lower --lr.")
+
+
+def check_tuning(model, dataset: Dataset, drawn, base_losses, tuned_losses, options) -> dict:
+    """Has the tuned model unlearned to use its input?
+
+    On the outputs of at most 32 samples that were not drawn: its mean loss in nats with their own
+    inputs and with each other's, and how much of the use of inputs it has unlearned: the mean of
+    LD, where it is above 0. Only rank 0 is given the losses of the dataset. Returns
+    {"check": the figures}, or {} on other ranks and below 2 such samples.
+    """
+    rest = np.setdiff1d(dataset.kept, drawn)
+    left_out = np.random.default_rng(options.seed).permutation(rest)[:32]
+    if len(left_out) < 2:
+        return {}
+    shuffled, _ = shuffle_outputs(dataset.samples.select(left_out), 1.0, options.seed)
+    swapped = Dataset(shuffled, dataset.renderer, 2 * dataset.max_length)
+    wrong_losses = token_losses(model, swapped, options.micro_tokens, "losses with wrong inputs")
+    if tuned_losses is None:
+        return {}
+    here = tokens_of(left_out, dataset)
+    difference = loss_difference(tuned_losses[here], base_losses[here])
+    right = float(tuned_losses[here].mean())
+    wrong = float(wrong_losses.mean())
+    unlearned = float(np.maximum(difference, 0).mean())
+    return {"check": {
+        "samples": len(left_out), "loss_right_input": right, "loss_wrong_input": wrong,
+        "unlearned": unlearned, "uses_input": uses_input(right, wrong, unlearned)}}
+
+
+def uses_input(right: float, wrong: float, unlearned: float) -> bool:
+    """Whether a discriminator's use of its input is more than what it has unlearned of it.
+
+    In nats per token: what the right input still saves it, against how much of that it has lost.
+    """
+    return wrong - right > unlearned
+
+
+def tokens_of(indices, dataset: Dataset) -> np.ndarray:
+    """True for the output tokens of some samples: (output tokens,) bool."""
+    chosen = np.zeros(len(dataset.samples), bool)
+    chosen[indices] = True
+    return np.repeat(chosen, dataset.output_counts)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -382,11 +442,14 @@ def run(options: Options, dataset: Dataset, model: Transformer):
     times = [time.perf_counter()]
 
     # 1. Shuffle: outputs change places among a few samples, so that none follows from its input.
-    # With fewer than 96 samples the discriminator learns nothing.
-    count = options.shuffle if options.shuffle > 1 else max(96, options.shuffle * len(dataset.kept))
-    fraction = min(1.0, count / len(dataset.kept))
+    # With fewer than 96 samples the discriminator learns nothing; a tenth stays as it is, to check
+    # what it has learned.
+    kept = len(dataset.kept)
+    count = options.shuffle if options.shuffle > 1 else max(96, options.shuffle * kept)
+    fraction = min(count, kept - kept // 10) / kept
     samples = dataset.samples.select(dataset.kept)
     shuffled, drawn = shuffle_outputs(samples, fraction, options.seed)
+    drawn = dataset.kept[drawn]
     open_work_dir(work_dir, run_settings(options, dataset))
 
     # 2. Tune the model on them. Its own losses are taken first.
@@ -395,8 +458,7 @@ def run(options: Options, dataset: Dataset, model: Transformer):
     times.append(time.perf_counter())
     tuned_model = os.path.join(work_dir, "tuned model")
     if on_rank_0(damaged_file, tuned_model):            # or not there
-        # an output may now follow a longer input
-        tune(model, Dataset(shuffled, dataset.renderer, 2 * dataset.max_length), options)
+        tune(model, shuffled_datasets(dataset, drawn, shuffled, options), options)
         save_tuned_model(model, tuned_model)
     else:
         model.load_weights(tuned_model)
@@ -404,9 +466,11 @@ def run(options: Options, dataset: Dataset, model: Transformer):
     tuned_losses = token_losses(model, dataset, options.micro_tokens, "losses of the tuned model",
                                 os.path.join(work_dir, "tuned losses"))
     times.append(time.perf_counter())
+    check = check_tuning(model, dataset, drawn, base_losses, tuned_losses, options)
 
     # 3. Classify: a token that became harder to predict depends on its input; LD > 0 is reasoning.
-    summary = on_rank_0(write_results, options, dataset, base_losses, tuned_losses, drawn, times)
+    summary = on_rank_0(write_results, options, dataset, base_losses, tuned_losses, drawn, check,
+                        times)
     release(options.out)
     return load_labels(options.out, dataset).difference[:], summary
 
@@ -418,19 +482,19 @@ def run_settings(options: Options, dataset: Dataset) -> dict:
     return settings | dataset.fingerprint
 
 
-def write_results(options: Options, dataset: Dataset, base_losses, tuned_losses, drawn, times):
+def write_results(options, dataset: Dataset, base_losses, tuned_losses, drawn, check, times):
     """Write labels, page and summary into options.out; returns the summary.
 
-    drawn: which of the kept samples were shuffled. times: when each step began, and the end.
+    drawn: the samples that were shuffled. check: by check_tuning. times: when each step began, and
+    the end.
     """
     difference = loss_difference(tuned_losses, base_losses)
-    unshuffled = np.ones(len(dataset.samples), bool)
-    unshuffled[dataset.kept[drawn]] = False
-    unshuffled = np.repeat(unshuffled, dataset.output_counts)               # (output tokens,)
+    unshuffled = ~tokens_of(drawn, dataset)                                 # (output tokens,)
     is_reasoning = classify(difference, options.threshold)
     summary = summarize(difference, is_reasoning, base_losses, tuned_losses, unshuffled,
                         dataset.true_roles())
     seconds = np.diff(times).round(1).tolist()
+    summary |= check
     summary |= {"samples": len(dataset.kept), "shuffled": len(drawn),
                 "dropped": dataset.dropped,
                 "seconds": dict(zip(("base", "tune", "tuned"), seconds, strict=True))}

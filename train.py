@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import runpy
 import shlex
 import signal
 import sys
@@ -33,14 +34,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import eval
 import rft
-import shad
 from baselines.labels import check_labels, method_labels
-from data import Dataset, Renderer, collate, epoch_batches, micro_batches
+from data import Dataset, collate, epoch_batches, micro_batches
 from model import CheckpointError, Transformer, resolve
 from rft import METHODS, group_losses
-from support import report
 from support.checkpoints import (
     complete_checkpoints,
     load_checkpoint,
@@ -65,10 +63,8 @@ from support.distributed import (
     should_shard,
     sum_over_ranks,
 )
-from support.files import claim, make_folder, release, write_json, writing
-from support.label_report import colored_tokens, format_summary, sample_html
+from support.files import claim, release, writing
 from support.parts import stop_at_once
-from support.readers import toy_samples
 
 
 @dataclass
@@ -469,91 +465,8 @@ def print_result(metrics: list[dict], options: Options) -> None:
           f"  python eval.py loss --model {model} --data HELD_OUT.json --out {out}")
 
 
-# --------------------------------------------------------------------------------------------------
-# With no arguments: the method end to end on the toy, whose generator knows every token's true role
-
-TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
-TOY_SAMPLES = 4000
-TOY_EVAL = 200                  # samples of each kind, held-in and held-out
-TOY_WATCH = 40                  # steps between evaluations, on a quarter of them
-EVAL_SEED = 10_000
-TOY_SHAD = {"shuffle": 400, "epochs": 4, "lr": 1e-3, "batch_tokens": 1024, "micro_tokens": 4096}
-# one epoch; of 5e-4, 7e-4 and 1e-3 the rate with which SFT solves most held-in samples (on seeds
-# 101 and 102, which are not reported)
-TOY_TRAINING = {"epochs": 1, "lr": 1e-3, "batch_tokens": 2048, "micro_tokens": 4096}
-
-
-def reproduce(out: str = "out", seed: int = 0) -> dict:
-    """SHAD, then SFT and RFT from the same base with the same seed, then evaluation.
-
-    Prints a table and writes out/report.html; returns the evaluation of each model.
-    """
-    start = time.perf_counter()
-    device = init_distributed()
-    rank, _ = rank_and_world()
-
-    def base():
-        return Transformer.from_pretrained(TOY, device=device)
-
-    def evaluate(model, count=TOY_EVAL):
-        summary, _ = eval.evaluate_toy(model, dataset.renderer, count, seed=EVAL_SEED + seed)
-        return summary
-
-    # all of it is made anew each time, so OUT must not hold anything else of these names
-    made = ("labels", "sft", "rft", "report.html", "summary.json")
-    on_rank_0(claim, out, made, "train.py without arguments")
-    for name in made[:3]:
-        on_rank_0(make_folder, os.path.join(out, name), "train.py without arguments")
-
-    # the toy, and its labels by SHAD
-    dataset = Dataset(toy_samples(TOY_SAMPLES, seed), Renderer(TOY))
-    if rank == 0:
-        size = sum(p.numel() for p in base().parameters())
-        print(f"toy: {dataset.describe()}; base {size:,} parameters")
-    shad_options = shad.Options(
-        model=TOY, data=["toy"], out=os.path.join(out, "labels"), seed=seed, **TOY_SHAD)
-    difference, shad_summary = shad.run(shad_options, dataset, base())
-
-    # both methods, from the same base and in the same batches
-    summaries = {"base": evaluate(base())}
-    runs = {}
-    histories = {}
-    for method in ("sft", "rft"):
-        name = method.upper()
-        options = Options(model=TOY, data=["toy"], out=os.path.join(out, method), method=method,
-                          seed=seed, **TOY_TRAINING)
-        model = base()
-        histories[name] = {0: summaries["base"]}
-
-        def watch(step, model=model, history=histories[name]):
-            if step % TOY_WATCH == 0:
-                history[step] = evaluate(model, TOY_EVAL // 4)
-
-        runs[name] = train(model, dataset, shad.Labels(difference), options, watch)
-        summaries[name] = evaluate(model)
-        histories[name][len(runs[name])] = summaries[name]
-
-    # the report
-    if rank == 0:
-        is_reasoning = shad.classify(difference)
-        samples = ""
-        for i in range(12):
-            tokens = colored_tokens(dataset, i, difference, is_reasoning)
-            samples += sample_html(dataset, i, tokens)
-        body = (report.summary_html(format_summary(shad_summary))
-                + report.report_html(runs, summaries, histories, command="python train.py")
-                + f"<h2>What SHAD found</h2>{report.KEY}{samples}")
-        report.write_page(os.path.join(out, "report.html"), "SHAD + RFT on the toy", body)
-        write_json(os.path.join(out, "summary.json"),
-                   {"seed": seed, "shad": shad_summary, "models": summaries,
-                    "over_training": histories})
-        print(f"\n{report.format_table(report.comparison_rows(summaries))}\n\n"
-              f"{time.perf_counter() - start:.0f} s. Look at {out}/report.html (curves, coloured "
-              f"tokens) and {out}/labels/labels.html. Next, with your own model and data:\n"
-              "  python train.py --model DIR_OR_HUB_ID --data train.json --method rft --out OUT")
-    release(out)
-    return summaries
-
-
 if __name__ == "__main__":
-    run_script(main if len(sys.argv) > 1 else reproduce, CheckpointError)
+    if len(sys.argv) > 1:
+        run_script(main, CheckpointError)
+    else:
+        runpy.run_module("toy.reproduce", run_name="__main__")      # the whole method on the toy

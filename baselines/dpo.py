@@ -73,12 +73,11 @@ def backward(model, dataset: Dataset, batch, lengths, reference, options: Option
 
     Returns sums over its pairs, (2,): of the losses, and of those whose h is above 0.
     """
-    device = model.head.device
-    sums = torch.zeros(2, device=device)
+    sums = torch.zeros(2, device=model.head.device)
     for pairs in micro_batches(batch, lengths, options.micro_tokens, *distributed.rank_and_world()):
         rows = np.concatenate([2 * pairs, 2 * pairs + 1])       # the chosen, then the rejected
-        tokens, targets, _ = collate(dataset, rows, device=device)              # (2 * pairs, T)
-        with distributed.mixed_precision(device):
+        tokens, targets, _ = collate(dataset, rows, device=sums.device)         # (2 * pairs, T)
+        with distributed.mixed_precision(sums.device):
             log_probs = -model(tokens, targets).sum(1)                          # (2 * pairs,)
         if not len(pairs):      # one row with nothing to score: all ranks must go backward together
             log_probs.sum().backward()

@@ -27,29 +27,51 @@ def mean(values: np.ndarray) -> float | None:
 def summarize(difference, reasoning, base, tuned, unshuffled, roles) -> dict:
     """The figures of a run: shares and mean losses by SHAD's groups, `reasoning` and the rest.
 
-    Where true roles are known also the error against them, on the tokens of samples that were not
-    shuffled (on all, if all were). All arrays: (output tokens,).
+    top_tenth_rise: how much the loss of the tokens of the greatest LD rose, on average over a tenth
+    of all. Where true roles are known also `truth`, see judge. All arrays: (output tokens,).
     """
-    summary = {"tokens": len(difference), "reasoning_share": mean(reasoning)}
+    top = np.sort(difference)[-max(1, len(difference) // 10):]
+    summary = {"tokens": len(difference), "reasoning_share": mean(reasoning),
+               "top_tenth_rise": mean(top)}
     for name, group in (("reasoning", reasoning), ("boilerplate", ~reasoning)):
         summary[f"base_loss_{name}"] = mean(base[group])
         summary[f"tuned_loss_{name}"] = mean(tuned[group])
     if roles is not None:
         scored = unshuffled if unshuffled.any() else ~unshuffled
         true = roles["reasoning"][scored]
-        predicted = reasoning[scored]
-        truth = {
-            "tokens": int(scored.sum()),
-            "shuffled_too": not unshuffled.any(),
-            "error": mean(true != predicted),
-            "auc": auc(difference[scored], true),
-            "missed_reasoning": mean(~predicted[true]),
-            "boilerplate_called_reasoning": mean(predicted[~true])}
+        scored_roles = {name: is_role[scored] for name, is_role in roles.items()}
+        truth = judge(difference[scored], reasoning[scored], scored_roles)
+        truth["shuffled_too"] = not unshuffled.any()
         for name, losses in (("base", base[scored]), ("tuned", tuned[scored])):
             truth[f"{name}_loss_reasoning"] = mean(losses[true])
             truth[f"{name}_loss_boilerplate"] = mean(losses[~true])
         summary["truth"] = truth
     return summary
+
+
+def judge(difference, reasoning, roles) -> dict:
+    """SHAD's groups against the true roles of the same tokens; all arrays: (output tokens,).
+
+    error, auc: over all tokens, where a boundary counts as boilerplate. clear: the figures over the
+    tokens of the other roles, which are clearly one or the other. called_reasoning: of each role
+    that occurs, the share that SHAD calls reasoning.
+    """
+    true = roles["reasoning"]
+    called = {name: mean(reasoning[is_role]) for name, is_role in roles.items() if is_role.any()}
+    clear = ~roles["boundary"]
+    return {
+        "tokens": len(difference),
+        "error": mean(true != reasoning),
+        "auc": auc(difference, true),
+        "missed_reasoning": mean(~reasoning[true]),
+        "boilerplate_called_reasoning": mean(reasoning[~true]),
+        "called_reasoning": called,
+        "clear": {
+            "tokens": int(clear.sum()),
+            "error": mean((true != reasoning)[clear]),
+            "auc": auc(difference[clear], true[clear]),
+            "precision": mean(true[clear & reasoning]),
+            "recall": mean(reasoning[true])}}
 
 
 def format_summary(summary: dict) -> str:
@@ -71,13 +93,41 @@ def format_summary(summary: dict) -> str:
             rows.append(f"  {title:14} base -> tuned loss: {losses(figures, 'reasoning')}   "
                         f"{losses(figures, 'boilerplate')}")
     if "truth" in summary:
-        truth = summary["truth"]
-        where = "samples not shuffled"
-        if truth["shuffled_too"]:
-            where = "all samples, shuffled ones too"
-        rows.append(f"  against the true roles of {truth['tokens']:,} tokens of {where}: "
-                    f"error {truth['error']:.2%}, AUC {truth['auc']:.3f}")
+        rows += format_truth(summary["truth"])
+    if "check" in summary:
+        rows.append(format_check(summary["check"], summary["top_tenth_rise"]))
     return "\n".join(rows)
+
+
+def format_truth(truth: dict) -> list[str]:
+    """The lines of a summary that say how far SHAD's groups are the true ones."""
+    def percent(x):
+        return "-" if x is None else f"{x:.1%}"
+
+    where = "samples not shuffled"
+    if truth["shuffled_too"]:
+        where = "all samples, shuffled ones too"
+    clear = truth["clear"]
+    called = [f"{percent(share)} of {name}" for name, share in truth["called_reasoning"].items()]
+    rows = [f"  against the true roles of {truth['tokens']:,} tokens of {where}: "
+            f"error {truth['error']:.2%}, AUC {truth['auc']:.3f}"]
+    if "boundary" in truth["called_reasoning"]:
+        rows.append(f"    without boundaries, {clear['tokens']:,} tokens: "
+                    f"error {clear['error']:.2%}, AUC {clear['auc']:.3f}, "
+                    f"precision {percent(clear['precision'])}, recall {percent(clear['recall'])}")
+    rows.append(f"    called reasoning: {', '.join(called)}")
+    return rows
+
+
+def format_check(check: dict, top_tenth_rise: float) -> str:
+    """The line of a summary that says whether the discriminator has unlearned to use its input."""
+    right = check["loss_right_input"]
+    wrong = check["loss_wrong_input"]
+    losses = f"loss {right:.2f} with the right input, {wrong:.2f} with a wrong one"
+    if check["uses_input"]:
+        return f"  the discriminator still uses its input ({losses}): raise --lr or --shuffle"
+    return (f"  the discriminator has unlearned to use its input ({losses}); "
+            f"the loss of the top tenth of tokens rose by {top_tenth_rise:.2f}")
 
 
 def output_pieces(dataset, i: int) -> list[tuple[str, bool]]:

@@ -48,8 +48,10 @@ ROLES = {
     "tool": "tool",
 }
 
-# What an output token can be: chosen from the input, fixed by the format, or connecting the two.
-SPAN_ROLES = ("reasoning", "format", "connecting")
+# What an output token can be: chosen from the input, fixed by the format, connecting the two, or a
+# boundary: it ends a name or value, or decides whether another follows. A boundary depends on the
+# input in part, so that calling it reasoning or boilerplate is neither right nor wrong.
+SPAN_ROLES = ("reasoning", "format", "connecting", "boundary")
 
 TOOL_PROMPT = ('You can call these functions:\n{}\nAnswer with a JSON list of calls: '
                '[{{"name": "...", "arguments": {{...}}}}]')
@@ -330,7 +332,9 @@ def call_spans(text: str) -> list[tuple[str, str]] | None:
     """The token roles of a JSON list of calls, read off its structure: (text, role) pairs.
 
     Function names, argument names and values are reasoning; fixed keys ("name", "arguments") and
-    punctuation are format. The texts concatenate to `text`; None where a string never ends.
+    punctuation that opens something are format. Boundary is what ends a name or value (its closing
+    quote), goes on or closes (, } ]), or tells a number from a string (the white space before it).
+    The texts concatenate to `text`; None where a string never ends.
     """
     spans = []
     depth = 0
@@ -352,10 +356,14 @@ def call_spans(text: str) -> list[tuple[str, str]] | None:
             is_fixed = is_key and token in ('"name"', '"arguments"')
             spans.append(('"', "format"))
             spans.append((token[1:-1], "format" if is_fixed else "reasoning"))
-            spans.append(('"', "format"))
+            spans.append(('"', "format" if is_fixed else "boundary"))
+        elif token.isspace():
+            before_number = text[position:position + 1] not in ('"', *"{}[]", "")
+            spans.append((token, "boundary" if before_number else "format"))
+        elif token in "{}[]:,":
+            spans.append((token, "format" if token in "{[:" else "boundary"))
         else:
-            is_format = token in "{}[]:," or token.isspace()
-            spans.append((token, "format" if is_format else "reasoning"))
+            spans.append((token, "reasoning"))
         if not token.isspace():
             previous = token
     if position != len(text):

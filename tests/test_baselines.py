@@ -17,7 +17,7 @@ from support.cli import DataError
 from support.readers import read_record, toy_samples
 from support.templates import Renderer
 from test_chat_template import TEMPLATES, make_chat_checkpoint
-from tiny import apigen, make_checkpoint, read_lines, relative, talk, write
+from tiny import CAN_SHARD, apigen, make_checkpoint, read_lines, relative, talk, write
 from toy.task import POOLS, toy_pairs
 
 # --------------------------------------------------------------------------------------------------
@@ -258,9 +258,13 @@ def test_two_processes_make_the_labels_of_one(work, tmp_path):
     assert np.array_equal(two, expected)
 
 
-def test_two_processes_tune_by_dpo_what_one_tunes(work, tmp_path):
+@pytest.mark.parametrize("more", [
+    [], ["--micro-tokens", 1],          # the second rank has one pair fewer
+    pytest.param(["--micro-tokens", 1, "--shard", "yes"], marks=pytest.mark.skipif(
+        not CAN_SHARD, reason="this torch cannot shard on CPUs"))])
+def test_two_processes_tune_by_dpo_what_one_tunes(work, tmp_path, more):
     run(tmp_path, "baselines.dpo", "--model", work / "model", "--data", work / "pairs.jsonl",
-        "--out", tmp_path / "two", "--lr", "1e-3", processes=2)
+        "--out", tmp_path / "two", "--lr", "1e-3", *more, processes=2)
     one = Transformer.from_pretrained(str(work / "dpo" / "model")).state_dict()
     two = Transformer.from_pretrained(str(tmp_path / "two" / "model")).state_dict()
     base = Transformer.from_pretrained(str(work / "model")).state_dict()

@@ -6,7 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from data import Dataset
+from support.label_report import output_pieces
+from support.readers import Message, Sample
+from support.templates import Renderer
+from tests.bench.shad import by_word, words
+from toy.task import toy_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [p.stem for p in (ROOT / "tests" / "bench").glob("*.py") if "__main__" in p.read_text()]
@@ -20,6 +28,19 @@ def test_help_gives_the_command(monkeypatch, capsys, name):
         module.main()
     assert end.value.code == 0
     assert f"python -m tests.bench.{name}" in capsys.readouterr().out
+
+
+def test_by_word_every_token_has_the_largest_ld_of_its_word(tmp_path):
+    toy_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    sample = Sample("0", [Message("user", "q"), Message("assistant", "find_book, near_")])
+    dataset = Dataset([sample], Renderer(str(tmp_path)))
+    texts = [text for text, _ in output_pieces(dataset, 0)]
+    word = words(dataset)
+    assert len(word) == len(texts) == dataset.output_counts[0]
+    assert word.tolist() == list(range(len(texts)))                 # the toy has whole words
+    word = np.array([0, 0, 1, 2, 2, 2])
+    difference = np.array([-1, 2, -3, 0, 4, 1], np.float32)
+    assert by_word(difference, word).tolist() == [2, 2, -3, 4, 4, 4]
 
 
 def test_every_row_of_the_gpu_measurement_runs_on_a_cpu(tmp_path):

@@ -38,7 +38,8 @@ def test_output_starts(dataset):
     roles = dataset.true_roles()
     assert all(len(is_role) == dataset.output_starts[-1] for is_role in roles.values())
     assert (sum(is_role.astype(int) for is_role in roles.values()) == 1).all()
-    assert {name for name, is_role in roles.items() if is_role.any()} == {"reasoning", "format"}
+    assert {name for name, is_role in roles.items() if is_role.any()} == \
+        {"reasoning", "format", "boundary"}
 
 
 def test_over_long_samples_are_dropped_and_counted(dataset):

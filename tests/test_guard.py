@@ -15,6 +15,7 @@ from runs import work as work  # a fixture
 from support import checkpoints, files
 from support.cli import DataError
 from tiny import apigen, make_model, read_lines, write
+from toy import reproduce
 
 
 def assert_refused(result, *words):
@@ -69,7 +70,7 @@ def test_the_small_reproduction_replaces_only_its_own(tmp_path):
     files.claim(str(tmp_path / "labels"), ["labels.safetensors"], "shad.py")
     write(tmp_path / "labels" / "labels.safetensors", "hours of work")
     with pytest.raises(DataError, match="labels is there already"):
-        train.reproduce(str(tmp_path))
+        reproduce.reproduce(str(tmp_path))
     assert content(tmp_path / "labels")["labels.safetensors"] == b"hours of work"
 
 

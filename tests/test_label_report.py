@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, processors
 
 from data import Dataset
 from shad import classify
-from support.label_report import auc, format_summary, output_pieces, summarize
+from support.label_report import auc, format_summary, judge, output_pieces, summarize
 from support.readers import toy_samples
 from support.report import histogram_svg
 from support.templates import Renderer
@@ -73,7 +73,7 @@ def test_output_pieces_of_the_toy_mark_its_format(tmp_path):
 
 def test_true_roles_are_scored_on_samples_that_were_not_shuffled():
     difference = np.array([1.0, -1.0, 1.0, -1.0], np.float32)
-    roles = {"reasoning": np.array([True, False, False, True])}
+    roles = {"reasoning": np.array([True, False, False, True]), "boundary": np.zeros(4, bool)}
     losses = np.zeros(4, np.float32)
 
     unshuffled = np.array([True, True, False, False])
@@ -94,10 +94,48 @@ def test_true_roles_are_scored_on_samples_that_were_not_shuffled():
 def test_the_summary_says_which_samples_are_scored(unshuffled, where):
     difference = np.array([1.0, -1.0], np.float32)
     losses = np.zeros(2, np.float32)
-    roles = {"reasoning": np.array([True, False])}
+    roles = {"reasoning": np.array([True, False]), "boundary": np.zeros(2, bool)}
     summary = summarize(
         difference, difference > 0, losses, losses, np.full(2, unshuffled), roles)
     assert where in format_summary(summary | {"samples": 2, "shuffled": 2})
+
+
+def test_each_role_is_judged_and_boundaries_are_left_out_of_the_clear_figures():
+    names = ["reasoning"] * 4 + ["format"] * 4 + ["boundary"] * 2
+    difference = np.array([2, 1, 1, -1, 3, -1, -1, -1, 9, -9], np.float32)
+    roles = {}
+    for role in ("reasoning", "format", "connecting", "boundary"):
+        roles[role] = np.array([name == role for name in names])
+    figures = judge(difference, difference > 0, roles)
+    assert figures["error"] == pytest.approx(3 / 10)
+    assert figures["called_reasoning"] == {"reasoning": 0.75, "format": 0.25, "boundary": 0.5}
+    clear = figures["clear"]
+    assert clear["tokens"] == 8
+    assert clear["error"] == pytest.approx(2 / 8)
+    assert clear["auc"] == brute_force_auc(difference[:8], roles["reasoning"][:8])
+    assert clear["precision"] == pytest.approx(3 / 4)
+    assert clear["recall"] == pytest.approx(3 / 4)
+
+    losses = np.zeros(10, np.float32)
+    summary = summarize(difference, difference > 0, losses, losses, np.ones(10, bool), roles)
+    assert summary["top_tenth_rise"] == 9
+    text = format_summary(summary | {"samples": 2, "shuffled": 1})
+    assert "error 30.00%" in text
+    assert "without boundaries, 8 tokens: error 25.00%" in text
+    assert "precision 75.0%, recall 75.0%" in text
+    assert "called reasoning: 75.0% of reasoning, 25.0% of format, 50.0% of boundary" in text
+
+
+@pytest.mark.parametrize("uses_input, said", [
+    (True, "still uses its input (loss 1.00 with the right input, 3.50 with a wrong one): "
+           "raise --lr or --shuffle"),
+    (False, "unlearned to use its input (loss 1.00 with the right input, 3.50 with a wrong one)")])
+def test_the_summary_says_whether_the_discriminator_still_uses_its_input(uses_input, said):
+    zeros = np.zeros(3, np.float32)
+    summary = summarize(zeros, zeros > 0, zeros, zeros, np.ones(3, bool), None)
+    check = {"samples": 2, "loss_right_input": 1.0, "loss_wrong_input": 3.5, "unlearned": 2.0,
+             "uses_input": uses_input}
+    assert said in format_summary(summary | {"samples": 3, "shuffled": 1, "check": check})
 
 
 def test_the_histogram_shows_an_ld_of_0_as_boilerplate():

@@ -134,7 +134,8 @@ def test_messages(tmp_path):
 
 
 def test_parts_give_the_true_roles(tmp_path):
-    parts = [["Action: ", "format"], ["find", "reasoning"], [", so", "connecting"]]
+    parts = [["Action: ", "format"], ["find", "reasoning"], [",", "boundary"],
+             [" so", "connecting"]]
     turn = {"role": "assistant", "content": "Action: find, so", "parts": parts}
     record = {"messages": [{"role": "user", "content": "Find."}, turn]}
     sample, = read_samples(write(tmp_path / "p.json", [record]))
@@ -327,7 +328,7 @@ def test_call_spans():
     text = json.dumps(calls)
     spans = call_spans(text)
     assert "".join(t for t, _ in spans) == text
-    assert {role for _, role in spans} == {"reasoning", "format"}
+    assert {role for _, role in spans} == {"reasoning", "format", "boundary"}
 
     reasoning = [t for t, role in spans if role == "reasoning"]
     assert reasoning == ["name", "name", r'a\"b: {x}, [', "n", "1", "-2500.5", "arguments", "null",
@@ -335,8 +336,17 @@ def test_call_spans():
     fixed = "".join(t for t, role in spans if role == "format")
     assert fixed.count("name") == 2
     assert fixed.count("arguments") == 2
-    assert re.sub(r'name|arguments|[\s\[\]{}:,"]', "", fixed) == ""
+    assert re.sub(r'name|arguments|[\s\[{:"]', "", fixed) == ""
     assert call_spans('[{"name": "never closed}]') is None
+
+
+def test_what_ends_a_value_or_decides_what_follows_is_boundary():
+    text = '[ {"name": "f", "arguments": {"a": "x", "b": [1, 2], "c": {}, "d": 3}}]'
+    right = "............rbb................rb...rbb..rb...rbbrbb..rb...bb..rb.brbbb"
+    marks = ""
+    for part, role in call_spans(text):
+        marks += {"reasoning": "r", "format": ".", "boundary": "b"}[role] * len(part)
+    assert f"{text}\n{marks}" == f"{text}\n{right}"
 
 
 @pytest.mark.parametrize("text", [r'"\" b ', '"a', "\\", "[{ x", " ", '"": {'])

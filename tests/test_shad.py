@@ -9,7 +9,10 @@ import torch.nn.functional as F
 import shad
 from data import Dataset
 from model import Transformer
+from support.readers import toy_samples
+from support.templates import Renderer
 from tiny import apigen, write
+from train import TOY
 
 
 def test_tokens_that_became_harder_to_predict_are_reasoning():
@@ -66,3 +69,70 @@ def test_samples_of_the_same_name_are_told_apart(chatml, tmp_path):
     truth = json.loads((tmp_path / "out" / "summary.json").read_text())["truth"]
     assert truth["tokens"] == np.delete(dataset.output_counts, drawn).sum()
     assert not truth["shuffled_too"]
+
+
+def reshuffled(dataset, options):
+    samples = dataset.samples.select(dataset.kept)
+    shuffled, drawn = shad.shuffle_outputs(samples, 0.5, options.seed)
+    return list(shad.shuffled_datasets(dataset, dataset.kept[drawn], shuffled, options)), drawn
+
+
+def test_outputs_are_reshuffled_in_every_epoch(chatml, tmp_path):
+    dataset = Dataset.load([write(tmp_path / "a.json", apigen(40))], chatml, "auto", 2048)
+    options = shad.Options(model="", data=[], out="", epochs=4, reshuffle=True)
+    epochs, drawn = reshuffled(dataset, options)
+    orders = set()
+    for epoch in epochs:
+        own = {dataset.samples[i].id: dataset.samples[i].messages for i in drawn}
+        assert {sample.id for sample in epoch.samples} == set(own)
+        outputs = {}
+        for sample in epoch.samples:
+            *given, output = sample.messages
+            assert given == own[sample.id][:-1]                     # inputs stay
+            assert output.text != own[sample.id][-1].text           # no output comes home
+            outputs[sample.id] = output.text
+        assert sorted(outputs.values()) == sorted(own[id][-1].text for id in own)
+        orders.add(tuple(outputs[id] for id in sorted(outputs)))
+    assert len(orders) == 4
+
+    options.reshuffle = False
+    epochs, _ = reshuffled(dataset, options)
+    assert [epoch is epochs[0] for epoch in epochs] == [True] * 4
+
+
+def tune_on_the_toy(tmp_path, **tuning):
+    """The summary of a run on 120 samples of the toy."""
+    dataset = Dataset(toy_samples(120, 0), Renderer(TOY))
+    options = shad.Options(model=TOY, data=["toy"], out=str(tmp_path), **tuning)
+    _, summary = shad.run(options, dataset, Transformer.from_pretrained(TOY))
+    return summary
+
+
+def test_a_model_that_was_not_tuned_still_uses_its_input(tmp_path, capsys):
+    summary = tune_on_the_toy(tmp_path, shuffle=20, lr=0.0)
+    check = summary["check"]
+    assert check["samples"] == 32
+    assert check["unlearned"] == summary["top_tenth_rise"] == 0
+    assert check["loss_wrong_input"] > check["loss_right_input"] + 0.1
+    assert check["uses_input"]
+    assert "raise --lr or --shuffle" in capsys.readouterr().out
+
+
+def test_a_model_that_was_tuned_hard_no_longer_does(tmp_path, capsys):
+    summary = tune_on_the_toy(
+        tmp_path, shuffle=120, lr=2e-3, epochs=4, reshuffle=True, batch_tokens=512)
+    check = summary["check"]
+    assert summary["shuffled"] == 108                   # a tenth is left out in any case
+    assert check["samples"] == 12
+    assert not check["uses_input"]
+    assert check["loss_wrong_input"] - check["loss_right_input"] < check["unlearned"]
+    assert summary["top_tenth_rise"] > 1
+    assert "has unlearned to use its input" in capsys.readouterr().out
+
+
+def test_without_samples_left_out_nothing_is_checked(chatml, tmp_path):
+    dataset = Dataset.load([write(tmp_path / "a.json", apigen(9))], chatml, "auto", 2048)
+    options = shad.Options(model=chatml, data=[""], out=str(tmp_path / "out"))
+    _, summary = shad.run(options, dataset, Transformer.from_pretrained(chatml))
+    assert summary["shuffled"] == 9
+    assert "check" not in summary

@@ -20,10 +20,12 @@ def test_toy_is_deterministic_and_its_parts_are_its_text(held_out):
         system, user, assistant = sample.messages
         assert "".join(text for text, _ in assistant.role_spans) == assistant.text
         roles = {role for _, role in assistant.role_spans}
-        assert roles == {"reasoning", "format", "connecting"}
+        assert roles == {"reasoning", "format", "connecting", "boundary"}
         answer = re.fullmatch(
             r"Thought: .+\nAction: (\S+)\nAction Input: (\{.+\})", assistant.text)
         tool, arguments = answer.groups()
+        boundaries = [text for text, role in assistant.role_spans if role == "boundary"]
+        assert boundaries == ['","'] * (len(json.loads(arguments)) - 1) + ['"}']
         arguments = json.loads(arguments)
         assert f"- {tool}({', '.join(arguments)})" in system.text.split("\n")   # a tool on offer
         assert all(f"{name} {value}" in user.text for name, value in arguments.items())

@@ -105,9 +105,9 @@ def toy_record(i: int, seed: int, held_out: bool, pools: dict, rng: random.Rando
         parts.append((slot, "reasoning") if slot else (piece, "connecting"))
     parts += [("\nAction: ", "format"), (tool, "reasoning"), ("\nAction Input: ", "format")]
     for n, (name, value) in enumerate(pairs):
-        parts.append(('","' if n else '{"', "format"))
+        parts.append(('","', "boundary") if n else ('{"', "format"))
         parts += [(name, "reasoning"), ('":"', "format"), (value, "reasoning")]
-    parts.append(('"}', "format"))
+    parts.append(('"}', "boundary"))            # which of the two follows a value is the input's
 
     kind = "out" if held_out else "in"
     answer = "".join(text for text, _ in parts)
