@@ -169,7 +169,7 @@ class Dataset:
             except OSError as e:
                 if rank_and_world()[0] == 0:
                     print(f"{directory} cannot be written ({e.strerror}), so the samples are held "
-                          "in memory; XDG_CACHE_HOME names another place for it.")
+                          "in memory; XDG_CACHE_HOME names another place for it.", file=sys.stderr)
                 return cls(samples, renderer, max_length)
             with lock_file:
                 lock(lock_file, wait=True)

@@ -100,7 +100,7 @@ def test_without_a_place_for_the_cache_samples_are_held_in_memory(monkeypatch, c
     monkeypatch.setenv("XDG_CACHE_HOME", str(work / "data.json"))
     dataset = Dataset.load([str(work / "data.json")], str(work / "model"), "auto", 2048)
     assert len(dataset.samples) == 24
-    assert "XDG_CACHE_HOME" in capsys.readouterr().out
+    assert "XDG_CACHE_HOME" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

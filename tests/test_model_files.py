@@ -217,8 +217,8 @@ def test_labels_that_are_odd_in_any_way_are_refused(labelled, tmp_path):
 
 
 def test_labels_are_written_readable_for_all(labelled, tmp_path):
-    dataset, arrays, _ = labelled
-    shad.save_labels(str(tmp_path), arrays["loss_difference"], dataset, "m", 0.5, 0)
+    dataset, arrays, metadata = labelled
+    shad.save_labels(str(tmp_path), arrays["loss_difference"], dataset, metadata)
     assert os.listdir(tmp_path) == ["labels.safetensors"]
     assert os.stat(tmp_path / "labels.safetensors").st_mode & 0o444 == 0o444
     assert shad.load_labels(str(tmp_path), dataset).threshold == 0.5
