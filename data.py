@@ -17,16 +17,21 @@ import io
 import itertools
 import json
 import os
-import shutil
+import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass
+
+if __name__ == "__main__":      # Ctrl-C while torch is imported ends it without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch
 
 from model import CheckpointError, resolve
 from support.cli import DataError, option, parse_options, run_script
+from support.distributed import rank_and_world
+from support.files import damaged_file, lock, make_folder, remove_folder, write_checksums
 from support.readers import Message, Sample, split_slice, stream_samples
 from support.readers import read_samples as read_samples  # data.read_samples is public
 from support.templates import TOKEN_ROLES, Renderer, highlighted
@@ -146,8 +151,9 @@ class Dataset:
         """All samples of some files, rendered with the tokenizer of a checkpoint.
 
         They are rendered once, into files under ~/.cache/shad-rft (or $XDG_CACHE_HOME), and found
-        there again as long as data files, tokenizer, template and max_length are the same. Several
-        processes may call this at once: one works, the others wait.
+        there again as long as data files, tokenizer, template and max_length are the same, and made
+        again where they are damaged. Several processes may call this at once: one works, the others
+        wait. Where nothing can be written there, the samples are held in memory.
         """
         renderer = Renderer(model_directory, template, native_calls)
         streams = (stream_samples(path, True, native_calls) for path in paths)
@@ -156,9 +162,19 @@ class Dataset:
         if not all(os.path.isfile(file) for file in files):
             return cls(samples, renderer, max_length)   # the toy, or an error that names a file
         directory = cache_directory(paths, files, renderer, max_length)
-        with lock(directory + ".lock"):
-            if not os.path.isdir(directory):
-                cls._write_cache(directory, samples, renderer, max_length)
+        if damaged_file(directory):                     # or not there
+            try:
+                os.makedirs(os.path.dirname(directory), exist_ok=True)
+                lock_file = open(directory + ".lock", "w")  # noqa: SIM115 (closed below)
+            except OSError as e:
+                if rank_and_world()[0] == 0:
+                    print(f"{directory} cannot be written ({e.strerror}), so the samples are held "
+                          "in memory; XDG_CACHE_HOME names another place for it.")
+                return cls(samples, renderer, max_length)
+            with lock_file:
+                lock(lock_file, wait=True)
+                if damaged_file(directory):             # no other process has made it since
+                    cls._write_cache(directory, samples, renderer, max_length)
         with open(os.path.join(directory, "info.json"), encoding="utf-8") as file:
             info = json.load(file)
         arrays = {}
@@ -173,9 +189,10 @@ class Dataset:
     @classmethod
     def _write_cache(cls, directory, samples, renderer, max_length):
         temporary = directory + ".tmp"
-        shutil.rmtree(temporary, ignore_errors=True)    # left by a process that was killed
-        os.mkdir(temporary)
+        remove_folder(temporary)                        # left by a process that was killed
+        remove_folder(directory)
         try:
+            make_folder(temporary, "data.py")
             with contextlib.ExitStack() as stack:
                 streams = {}
                 for name in ARRAYS:
@@ -184,9 +201,13 @@ class Dataset:
                 info = cls.write(samples, renderer, max_length, streams)
             with open(os.path.join(temporary, "info.json"), "w", encoding="utf-8") as file:
                 json.dump(info, file)
+            write_checksums(temporary)
             os.rename(temporary, directory)
+        except OSError as e:
+            raise DataError(f"{directory} could not be written ({e.strerror or e}); make room, or "
+                            "let XDG_CACHE_HOME name a folder that has it.") from None
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_folder(temporary)
 
     def true_roles(self) -> dict[str, np.ndarray] | None:
         """{role: (output tokens,) bool, in data order}; None where any token's role is unknown."""
@@ -217,20 +238,7 @@ def cache_directory(paths, files, renderer, max_length) -> str:
     key = json.dumps([4, states, renderer.fingerprint, renderer.template, renderer.bos,
                       renderer.vocab_size, renderer.end, max_length])
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    root = os.path.join(cache, "shad-rft")
-    os.makedirs(root, exist_ok=True)
-    return os.path.join(root, hashlib.sha256(key.encode()).hexdigest()[:16])
-
-
-@contextlib.contextmanager
-def lock(path: str):
-    """Hold a lock file; the system lets go of it however this process ends."""
-    # imported here, since Windows lacks it
-    import fcntl
-
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return os.path.join(cache, "shad-rft", hashlib.sha256(key.encode()).hexdigest()[:16])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,7 +21,13 @@ import math
 import os
 import platform
 import re
+import shlex
+import signal
+from collections import Counter
 from dataclasses import dataclass
+
+if __name__ == "__main__":      # Ctrl-C while torch is imported ends it without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import tokenizers
@@ -32,10 +38,16 @@ from benchmarks import Item, count_verdicts, judge_outputs, read_predictions, to
 from data import Dataset
 from model import CheckpointError, Transformer, checkpoint_files, resolve
 from shad import load_labels, token_losses
-from support.cli import DataError, option, parse_options, run_script
-from support.distributed import barrier, init_distributed, mixed_precision, rank_and_world
+from support.cli import DataError, option, parse_options, printable, run_script
+from support.distributed import (
+    barrier,
+    init_distributed,
+    mixed_precision,
+    on_rank_0,
+    rank_and_world,
+)
 from support.embed import sentence_encoder
-from support.files import replacing, write_json
+from support.files import claim, release, replacing, write_json, writing
 from support.generate import generate_stream
 from support.readers import SPAN_ROLES, toy_samples
 from support.templates import Renderer
@@ -76,11 +88,13 @@ class Options:
     server: str = option(None, "address of its server of APIs (key: $TOOLBENCH_KEY)")
     cache: str = option(None, "folder of its cached responses, instead of a server")
     recorded: str = option(None, "file of recorded responses, instead of a server")
-    max_steps: int = option(12, "turns of the agent before it is stopped", low=1)
+    timeout: float = option(120.0, "seconds for one request to the server or the judge", low=0.1)
+    max_steps: int = option(17, "turns of the agent before it is stopped", low=1)
     judge_url: str = option(None, "OpenAI-compatible endpoint of the judge, up to /v1 "
                                   "(key: $OPENAI_API_KEY); without one, no pass rate")
     judge_model: str = option(None, "name of the judge's model")
-    against: str = option(None, "traces of another model, for the win rate")
+    judge_times: int = option(1, "times that the judge is asked; above 1: mean and spread", low=1)
+    against: str = option(None, "OUT or traces of another model's run, for the win rate")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -140,9 +154,8 @@ def make_responder(model: Transformer, renderer: Renderer, max_new_tokens: int, 
     return respond
 
 
-def single_turn(items: list[Item], respond, options=None):
+def single_turn(items: list[Item], respond):
     """Yield (item, output) as each is finished: how most benchmarks are asked."""
-    # by length, so that ranks that share the items each get a fair share of the long ones
     for i, text in respond([item.messages for item in items]):
         yield items[i], text
 
@@ -162,8 +175,9 @@ def ask_saving(items: list[Item], folder: str, settings: dict, run) -> dict:
     with bar, open_log(os.path.join(folder, f"outputs.{rank}.jsonl"), settings) as log:
         for item, output in run(mine):
             bar.update()
-            log.write(json.dumps({"id": item.id, "output": output}) + "\n")
-            log.flush()
+            with writing(log.name):
+                log.write(json.dumps({"id": item.id, "output": output}) + "\n")
+                log.flush()
     barrier()
     return read_outputs(folder, settings)
 
@@ -202,13 +216,14 @@ def read_outputs(folder: str, settings: dict) -> dict:
 
 def open_log(path: str, settings: dict):
     """The file to append to, without an incomplete last line; its first line is the settings."""
-    with open(path, "ab+") as log:
-        log.seek(0)
-        log.truncate(log.read().rfind(b"\n") + 1)
-    log = open(path, "a", encoding="utf-8")     # noqa: SIM115  (the caller closes it)
-    if not log.tell():
-        log.write(json.dumps(settings) + "\n")
-        log.flush()
+    with writing(path):
+        with open(path, "ab+") as log:
+            log.seek(0)
+            log.truncate(log.read().rfind(b"\n") + 1)
+        log = open(path, "a", encoding="utf-8")     # noqa: SIM115  (the caller closes it)
+        if not log.tell():
+            log.write(json.dumps(settings) + "\n")
+            log.flush()
     return log
 
 
@@ -225,6 +240,10 @@ def load_items(bench, options: Options) -> list[Item]:
 
 def select_items(items: list[Item], options: Options) -> list[Item]:
     """The items that --categories and --limit leave."""
+    for name, count in Counter(item.id for item in items).items():
+        if count > 1:
+            raise DataError(f"{' '.join(options.data)} holds {count} items with the id {name!r}; "
+                            "keep one of them.")
     known = list(dict.fromkeys(item.category for item in items))
     unknown = [name for name in options.categories if name not in known]
     if unknown:
@@ -243,6 +262,8 @@ def select_items(items: list[Item], options: Options) -> list[Item]:
 def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
     """(summary, verdicts) of a checkpoint, or of predictions made elsewhere, on a benchmark."""
     bench = importlib.import_module(f"benchmarks.{options.bench}")
+    if hasattr(bench, "check_options"):
+        bench.check_options(options)
     is_toy = bench is toy
     all_items = load_items(bench, options)
     items = select_items(all_items, options)
@@ -258,7 +279,11 @@ def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
     # the outputs: made elsewhere, or generated now
     if options.predictions:
         outputs = getattr(bench, "read_predictions", read_predictions)(options.predictions)
-        summary["not_asked"] = len(outputs.keys() - {item.id for item in items})
+        asked = {item.id for item in items}
+        summary["not_asked"] = len(outputs.keys() - asked)
+        if outputs and not outputs.keys() & {item.id for item in all_items}:
+            raise DataError(f"{options.predictions} matches no item: its ids are like "
+                            f"{next(iter(outputs))!r}, the benchmark's like {items[0].id!r}.")
     else:
         path = resolve(options.model)
         model = Transformer.from_pretrained(path, device=device)
@@ -297,6 +322,7 @@ def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
 
 def generate_outputs(bench, model, renderer, items, options: Options, settings: dict) -> dict:
     """{item id: output} of a checkpoint, saved in options.out."""
+    on_rank_0(claim_out, options)
     respond = make_responder(model, renderer, settings["max_new_tokens"], options.max_length,
                              options.cache_tokens)
     if hasattr(bench, "run"):
@@ -326,7 +352,8 @@ def evaluate_toy(model: Transformer, renderer: Renderer, count: int, seed: int,
     outputs = {}
     silent = rank_and_world()[0] > 0
     answers = single_turn(by_length(items), respond)
-    for item, text in tqdm(answers, "generate", len(items), unit="item", disable=silent):
+    bar = tqdm(answers, "generate", len(items), unit="item", leave=None, disable=silent)
+    for item, text in bar:
         outputs[item.id] = text
     verdicts = judge_outputs(toy, items, outputs)
     summary = count_verdicts(verdicts) | toy.summary(verdicts)
@@ -382,13 +409,17 @@ def headline_figures(figures: dict, path: str = ""):
 def print_summary(options: Options, summary: dict) -> None:
     for name, c in summary.get("categories", {}).items():
         low, high = c["interval"]
-        print(f"{name} {c['accuracy']:.1%} of {c['asked']:,} (95 %: {low:.1%} to {high:.1%})")
+        print(f"{printable(name)} {c['accuracy']:.1%} of {c['asked']:,} "
+              f"(95 %: {low:.1%} to {high:.1%})")
     if summary.get("too_long") or summary.get("missing"):
         print(f"counted as wrong: {summary['too_long']} prompts too long for the model, "
               f"{summary['missing']} items without output")
     if options.bench != "toy":
         for name, value in headline_figures(summary.get("figures", {})):
-            print(f"{name} {value:.4f}")
+            print(f"{printable(name)} {value:.4f}")
+    faults = summary.get("figures", {}).get("data_faults")
+    if faults:
+        print(f"{len(faults)} items have faulty data: see data_faults in summary.json")
     losses = summary.get("losses", {})
     by_kind = losses if options.bench == "toy" else {"loss": losses}
     for kind, groups in by_kind.items():
@@ -422,12 +453,28 @@ def check_options(options: Options) -> None:
         needed.append("--out")
     if needed:
         raise DataError(f"eval.py {options.bench} needs {' and '.join(needed)}.")
+    if len(options.data) > 1 and options.bench != "loss":
+        raise DataError(f"eval.py {options.bench} takes one --data folder, not "
+                        f"{len(options.data)}.")
+
+
+def claim_out(options: Options, create: bool = True) -> None:
+    """Take OUT for this evaluation; a summary of another one in it is not replaced."""
+    evaluation = ["eval.py", options.bench]
+    for name in ("model", "predictions", "data"):
+        if getattr(options, name):
+            evaluation += [f"--{name}", *np.atleast_1d(getattr(options, name))]
+    names = ["summary.json", "verdicts.jsonl"]
+    names += [f"outputs.{rank}.jsonl" for rank in range(rank_and_world()[1])]
+    claim(options.out, names, shlex.join(evaluation), create)
 
 
 def main():
     options = parse_options(Options, __doc__)
     check_options(options)
     device = init_distributed()
+    if options.out:
+        on_rank_0(claim_out, options, False)
     rank, _ = rank_and_world()
     if options.bench == "loss":
         path = resolve(options.model)
@@ -443,7 +490,9 @@ def main():
         return
     print_summary(options, summary)
     if options.out:
+        claim_out(options)
         save_summary(options, summary, verdicts)
+        release(options.out)
 
 
 if __name__ == "__main__":

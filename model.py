@@ -12,6 +12,7 @@ exists while training: a real token never sees padding, and SDPA stays on its fa
 import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
@@ -33,7 +34,18 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
 # keys that change what a model computes, and the only values that this file implements
 SUPPORTED_VALUES = {"hidden_act": ("silu",), "attention_dropout": (0, None),
                     "pretraining_tp": (1, None), "partial_rotary_factor": (1, None),
-                    "quantization_config": (None,)}
+                    "quantization_config": (None,),
+                    "torch_dtype": ("float32", "bfloat16", "float16", "float64", None)}
+SUPPORTED_VALUES["dtype"] = SUPPORTED_VALUES["torch_dtype"]
+# the lowest and highest value of every number, which is of their type; null only where None follows
+LIMITS = {"vocab_size": (1, 2**24), "hidden_size": (1, 2**18), "intermediate_size": (1, 2**20),
+          "num_hidden_layers": (1, 2**10), "num_attention_heads": (1, 2**12),
+          "num_key_value_heads": (1, 2**12, None), "head_dim": (2, 2**12, None),
+          "max_position_embeddings": (1, 2**31), "sliding_window": (1, 2**31, None),
+          "rms_norm_eps": (0.0, 1.0), "rope_theta": (1.0, 1e15), "initializer_range": (0.0, 1e3),
+          "tie_word_embeddings": (False, True), "attention_bias": (False, True),
+          "mlp_bias": (False, True)}
+ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 REQUIRED_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                  "num_attention_heads", "model_type")
 
@@ -63,8 +75,18 @@ class Config:
         if self.model_type not in ARCHITECTURES:
             raise CheckpointError(f"model_type {self.model_type!r} is not supported; "
                                   f"this file implements {', '.join(ARCHITECTURES)}.")
+        numbers = [(key, getattr(self, key), *LIMITS[key]) for key in LIMITS]
+        if self.rope_scaling:
+            numbers += [(key, self.rope_scaling.get(key), 1e-3, 2.0**31) for key in ROPE_KEYS]
+        for key, value, low, high, *null in numbers:
+            typed = type(value) is type(low) or (type(low) is float and type(value) is int)
+            if value not in null and not (typed and low <= value <= high):
+                raise CheckpointError(f"{key}={value!r} in config.json: it must be "
+                                      f"{type(low).__name__}, from {low} to {high}.")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise CheckpointError(f"a head_dim of {self.head_dim} has no two halves to rotate.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -85,7 +107,7 @@ class Config:
         for key, supported in SUPPORTED_VALUES.items():
             if hf.get(key, supported[0]) not in supported:
                 raise CheckpointError(f"{key}={hf[key]!r} in config.json is not supported; "
-                                      f"only {supported[0]!r} is.")
+                                      f"{' or '.join(map(repr, supported))} is.")
         missing = [key for key in REQUIRED_KEYS if key not in hf]
         if missing:
             raise CheckpointError(f"config.json lacks {', '.join(missing)}.")
@@ -283,19 +305,19 @@ class Transformer(nn.Module):
         FSDP2's fully_shard, say). No rank then ever holds more than its share and one tensor.
         """
         path = resolve(path_or_hub_id)
+        hf = read_json(os.path.join(path, "config.json"))
         try:
-            with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
-                config = Config.from_hf(json.load(f))
-        except json.JSONDecodeError as e:
-            raise CheckpointError(f"{path}/config.json, line {e.lineno}, is not JSON ({e.msg}); "
-                                  "copy it again.") from None
-        except CheckpointError as e:
+            config = Config.from_hf(hf)
+        except (ValueError, TypeError, AttributeError) as e:
             raise CheckpointError(f"{path}: {e}") from None
         with torch.device("meta"):                  # shapes without storage
             model = cls(config).to(dtype)
         if shard is not None:
             shard(model)
-        model.to_empty(device=device)
+        try:
+            model.to_empty(device=device)
+        except RuntimeError as e:
+            raise CheckpointError(f"{path}: no room for its parameters ({e}).") from None
         model.load_weights(path)
         return model
 
@@ -308,8 +330,7 @@ class Transformer(nn.Module):
             except CheckpointError:
                 raise
             except Exception as e:                  # safetensors has its own type; OSError; others
-                raise CheckpointError(f"{file} cannot be read ({e}); it may be cut short: "
-                                      "copy it again.") from None
+                raise unreadable(file, e) from None
             absent = [name for name in absent if name not in loaded]
         if absent:
             raise CheckpointError(f"{path} lacks {len(absent)} parameters, the first {absent[0]}.")
@@ -320,6 +341,7 @@ class Transformer(nn.Module):
 
         dtype: of the files, by default the parameters' own. Only rank 0 writes, one file's tensors
         at a time; if the model is sharded, all ranks must call this to gather its parameters.
+        Raises CheckpointError or OSError, on rank 0, where it cannot write.
         """
         dtype = dtype or next(self.parameters()).dtype
         writes = not dist.is_initialized() or dist.get_rank() == 0
@@ -327,6 +349,7 @@ class Transformer(nn.Module):
             os.makedirs(path, exist_ok=True)
         files = plan_files(self, dtype, max_shard_bytes)
         weight_map = {}
+        failure = None
         for file, parameters in files.items():
             tensors = {}
             for name, p in parameters.items():
@@ -334,11 +357,16 @@ class Transformer(nn.Module):
                 full = gather_full(p)               # by all ranks; all but rank 0 drop it at once
                 if writes:
                     tensors[name] = full.detach().to("cpu", dtype).contiguous()
-            if writes:
-                temporary = os.path.join(path, file + ".tmp")
-                save_file(tensors, temporary, metadata={"format": "pt"})
-                os.chmod(temporary, 0o644)          # safetensors lets only its owner read it
-                os.replace(temporary, os.path.join(path, file))
+            temporary = os.path.join(path, file + ".tmp")
+            try:
+                if writes and not failure:
+                    save_file(tensors, temporary, metadata={"format": "pt"})
+                    os.chmod(temporary, 0o644)      # safetensors lets only its owner read it
+                    os.replace(temporary, os.path.join(path, file))
+            except Exception as e:                  # a full disk; the other ranks gather on
+                failure = f"{path}/{file} could not be written ({e})."
+        if failure:
+            raise CheckpointError(failure)
         if writes and len(files) > 1:
             size = sum(p.numel() for p in self.parameters()) * dtype.itemsize
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
@@ -352,7 +380,7 @@ def resolve(name: str) -> str:
     """The local directory of a checkpoint; a hub id is downloaded. Raises CheckpointError."""
     if os.path.isfile(os.path.join(name, "config.json")):
         return name
-    if os.path.exists(name) or name.count("/") != 1 or name[0] in "./~":
+    if os.path.exists(name) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name} is not a model: no config.json there. Give a Hugging Face "
                               "directory or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct.")
     try:
@@ -372,9 +400,28 @@ def checkpoint_files(path: str) -> list[str]:
     if not os.path.isfile(index):
         raise CheckpointError(f"{path} holds no model.safetensors (nor its index); "
                               "convert older .bin weights first.")
-    with open(index, encoding="utf-8") as f:
-        names = set(json.load(f)["weight_map"].values())
+    weight_map = read_json(index).get("weight_map")
+    names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    if not names or any(os.path.basename(name) != name for name in names):
+        raise CheckpointError(f"{index}: weight_map names no files of this folder; copy it again.")
     return [os.path.join(path, name) for name in sorted(names)]
+
+
+def read_json(path: str) -> dict:
+    """The JSON object in a file. Raises CheckpointError."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return dict(json.load(f))
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise unreadable(path, e) from None
+
+
+def unreadable(path: str, error) -> CheckpointError:
+    """What to say of a file that cannot be read."""
+    with suppress(OSError), open(path, "rb") as f:
+        if f.read(30).startswith(b"version https://git-lfs"):
+            error = "it is a git-lfs pointer: run git lfs pull"
+    return CheckpointError(f"{path} cannot be read ({error}); it may be cut short: copy it again.")
 
 
 def load_file(model: Transformer, file: str) -> set[str]:
@@ -394,9 +441,14 @@ def load_file(model: Transformer, file: str) -> set[str]:
             if shape != parameters[name].shape:
                 raise CheckpointError(f"{file}: {name} has shape {shape}, "
                                       f"config.json asks for {tuple(parameters[name].shape)}.")
+            if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                raise CheckpointError(f"{file}: {name} is quantized to {stored.get_dtype()}, "
+                                      "which is not supported.")
             local, start = local_shard(parameters[name])
             if len(local):
                 local.copy_(stored[start:start + len(local)])
+                if not torch.stack(local.aminmax()).isfinite().all():
+                    raise CheckpointError(f"{file}: {name} holds numbers that are not finite.")
             loaded.add(name)
     return loaded
 
@@ -418,8 +470,9 @@ def plan_files(model: Transformer, dtype: torch.dtype, max_bytes: int) -> dict[s
 
 
 def write_json(path: str, content) -> None:
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)    # JSON has no NaN
     with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        f.write(json.dumps(content, indent=2) + "\n")
     os.replace(path + ".tmp", path)
 
 

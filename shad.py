@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 8 shad.py --model ... --data a.json b.json --out labels
     python shad.py --model toy --data toy[:300] --out labels --shuffle 100 --lr 1e-3 --epochs 4
 
-The last takes seconds, offline. Writes labels.safetensors, labels.html and summary.json.
+The last takes seconds, offline. Writes labels.safetensors, labels.html and summary.json; with
+--export also a JSON Lines file for other trainers.
 
 Ye et al. 2024 (arXiv 2412.14780), three steps:
   1. shuffle   which output belongs to which input, in a small part of the data;
@@ -21,19 +22,23 @@ import os
 import random
 import re
 import shlex
-import shutil
+import signal
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
+if __name__ == "__main__":      # Ctrl-C while torch is imported ends it without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from data import Dataset, collate, epoch_batches, micro_batches
 from model import CheckpointError, Transformer, resolve
+from support.checkpoints import on_stop
 from support.cli import DataError, option, parse_options, run_script
 from support.distributed import (
     all_reduce_gradients,
@@ -41,13 +46,24 @@ from support.distributed import (
     clip_gradients,
     init_distributed,
     mixed_precision,
+    not_finite,
+    on_rank_0,
     rank_and_world,
     shard_model,
     should_shard,
     sum_over_ranks,
 )
-from support.files import replacing, write_json
+from support.export import export_labels
+from support.files import claim, damaged_file, release, remove_folder, replacing, write_json
 from support.label_report import format_summary, labels_page, output_pieces, summarize
+from support.parts import (
+    load_part,
+    missing_parts,
+    open_work_dir,
+    save_part,
+    save_tuned_model,
+    stop_at_once,
+)
 from support.readers import Sample
 from support.report import write_page
 
@@ -58,19 +74,21 @@ class Options:
     data: list = option([], "training data, one or more files; a slice may follow: "
                             "train.json[:300]", required=True)
     out: str = option("", "directory for labels.safetensors and labels.html", required=True)
+    export: str = option(None, "also write the labels to this JSON Lines file, for other trainers; "
+                               "labels that --out holds already are exported as they are")
     # shuffle
     shuffle: float = option(0.01, "share of the samples to shuffle, but no fewer than 96 if there "
                                   "are as many; above 1: how many; at most nine tenths of all")
     # tune
-    epochs: int = option(4, "epochs over the shuffled samples", low=1)
-    reshuffle: str = option("yes", "shuffle their outputs anew in every epoch, so that none can be "
-                                   "learned by heart", choices=["yes", "no"])
+    epochs: int = option(4, "epochs over the shuffled samples", low=1, high=1000)
+    reshuffle: str = option("yes", "shuffle their outputs again in every epoch, so that none can "
+                                   "be learned by heart", choices=["yes", "no"])
     lr: float = option(1e-4, "learning rate of the discriminator, falling linearly to 0")
     batch_tokens: int = option(4096, "tokens per global batch", low=1)
     micro_tokens: int = option(4096, "tokens per forward on one rank, padding included", low=1)
     # classify
     threshold: float = option(0.0, "loss difference above which a token is reasoning, in nats; "
-                                   "kept with the labels", low=float("-inf"))
+                                   "kept with the labels", low=-2**32)
     unit: str = option("token", "what is labelled; word: every token of a word gets the word's "
                                 "largest loss difference", choices=["token", "word"])
     max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
@@ -83,6 +101,9 @@ class Options:
     shard: str = option("auto", "split the model over the ranks (FSDP2); auto: with several GPUs",
                         choices=["auto", "yes", "no"])
     seed: int = option(0, "seed of the shuffle and of the batch order")
+
+
+FILES = ("labels.safetensors", "labels.html", "summary.json", "parts")      # what is made in OUT
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,16 +180,19 @@ def token_losses(model, dataset: Dataset, micro_tokens: int, title: str, directo
 
     The ranks share the work. The data is cut into parts that do not depend on the number of ranks,
     so neither do the losses. With a directory every finished part becomes a file there, parts that
-    already exist are skipped, and only rank 0 is given the losses.
+    already exist are skipped, and only rank 0 is given the losses. Raises DataError, naming a
+    sample, for a loss that is not finite.
     """
     rank, world = rank_and_world()
     parts = label_parts(dataset, micro_tokens)
-    todo = missing_parts(len(parts), directory, model.head.device)
+    todo = list(range(len(parts)))
+    if directory:
+        todo = on_rank_0(missing_parts, len(parts), directory)
     losses = np.zeros(0 if directory else dataset.output_starts[-1], np.float32)
     total = int(dataset.lengths.sum())
     left = sum(int(dataset.lengths[parts[p]].sum()) for p in todo)
     bar = tqdm(desc=title, total=total, initial=total - left, unit="token", unit_scale=True,
-               disable=rank > 0)
+               leave=None, disable=rank > 0)
     for first in range(0, len(todo), world):
         # One part per rank at a time. Ranks that share a model must make the same number of
         # forwards, so each knows the plans of all and fills up with empty micro-batches.
@@ -182,12 +206,12 @@ def token_losses(model, dataset: Dataset, micro_tokens: int, title: str, directo
             indices = plans[rank][k] if k < len(plans[rank]) else []
             by_sample |= sample_losses(model, dataset, indices)
             bar.update(int(dataset.lengths[np.concatenate(together)].sum()))
+        check_finite(by_sample, dataset, title, model.head.device)
         if by_sample:
             p = todo[first + rank]
             part_losses = np.concatenate([by_sample[i] for i in sorted(by_sample)])
             if directory:
-                with replacing(part_file(directory, p), "wb") as file:
-                    np.save(file, part_losses)
+                save_part(directory, p, part_losses)
             else:
                 start = dataset.output_starts[parts[p][0]]
                 end = dataset.output_starts[parts[p][-1] + 1]
@@ -199,8 +223,9 @@ def token_losses(model, dataset: Dataset, micro_tokens: int, title: str, directo
         model.reshard()
     if directory:
         barrier()                       # all parts are written
-        files = [part_file(directory, p) for p in range(len(parts))]
-        return np.concatenate([np.load(file) for file in files]) if rank == 0 else None
+        if rank > 0:
+            return None
+        return np.concatenate([load_part(directory, p) for p in range(len(parts))])
     summed = torch.from_numpy(losses).to(model.head.device)
     sum_over_ranks(summed)              # each token is filled in by one rank and 0 on the others
     return summed.cpu().numpy()
@@ -225,19 +250,14 @@ def label_parts(dataset: Dataset, micro_tokens: int) -> list[np.ndarray]:
     return np.split(dataset.kept, bounds)
 
 
-def part_file(directory: str, part: int) -> str:
-    return os.path.join(directory, f"{part:04}.npy")
-
-
-def missing_parts(count: int, directory, device) -> np.ndarray:
-    """The numbers of the parts that have no file yet. Rank 0 looks, or the ranks might differ."""
-    exists = torch.zeros(count, device=device)
-    if directory and rank_and_world()[0] == 0:
-        os.makedirs(directory, exist_ok=True)
-        for p in range(count):
-            exists[p] = os.path.exists(part_file(directory, p))
-    sum_over_ranks(exists)
-    return np.flatnonzero(exists.cpu().numpy() == 0)
+def check_finite(by_sample: dict, dataset: Dataset, title: str, device) -> None:
+    """Raise DataError on all ranks if a loss is not finite on any."""
+    bad = torch.zeros(len(dataset.lengths), device=device)
+    bad[[i for i, losses in by_sample.items() if not np.isfinite(losses).all()]] = 1
+    sum_over_ranks(bad)
+    for i in bad.nonzero():
+        raise DataError(f"{title}: not finite for sample {dataset.samples[int(i)].id!r}; the model "
+                        "was tuned too fast (lower --lr), or its weights are damaged.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -268,6 +288,8 @@ def tune(model: Transformer, datasets, options: Options) -> None:
             clip_gradients(model, 1.0)
             optimizer.step()
             optimizer.zero_grad()
+    for name in not_finite(model):
+        raise DataError(f"the tuned model's {name} is not finite; lower --lr.")
 
 
 def check_tuning(model, dataset: Dataset, drawn, tuned_losses, options: Options) -> dict:
@@ -341,6 +363,12 @@ def largest_per_word(difference, dataset: Dataset) -> np.ndarray:
     return largest[np.cumsum(starts) - 1]
 
 
+# What labels may be of each output token: the name of the array, and the command that makes it.
+KINDS = {"shad": ("loss_difference", "shad.py"),
+         "reference": ("loss", "python -m baselines.reference"),
+         "reward": ("reward", "python -m baselines.reference --minus")}
+
+
 @dataclass
 class Labels:
     """SHAD's labels; labels[a:b], (b - a,) bool, is True for the reasoning tokens among a to b.
@@ -355,51 +383,64 @@ class Labels:
         return classify(self.difference[tokens], self.threshold)
 
 
-def save_labels(directory, difference, dataset: Dataset, base_model, threshold, seed) -> None:
+def save_labels(directory, values, dataset: Dataset, made_from: dict, kind="shad") -> None:
     """Write labels.safetensors.
 
-    loss_difference: (output tokens,) float32 in data order. offsets: (samples + 1,) int64, where
-    the output tokens of each sample begin.
+    values: (output tokens,) in data order, kept as float32 under the name that the kind has in
+    KINDS. offsets: (samples + 1,) int64, where the output tokens of each sample begin. made_from:
+    what else is kept, with what the data is known by, as metadata.
     """
-    made_from = {"base_model": base_model, "threshold": threshold, "seed": seed}
     metadata = {"shad": json.dumps(dataset.fingerprint | made_from)}
-    arrays = {"loss_difference": difference.astype(np.float32),
+    name, _ = KINDS[kind]
+    arrays = {name: values.astype(np.float32),
               "offsets": dataset.output_starts.astype(np.int64)}
-    path = os.path.join(directory, "labels.safetensors")
-    save_file(arrays, path + ".tmp", metadata)
-    os.chmod(path + ".tmp", 0o644)              # safetensors makes it readable by its owner alone
-    os.replace(path + ".tmp", path)
+    with replacing(os.path.join(directory, "labels.safetensors"), "wb") as file:
+        file.write(save(arrays, metadata))
 
 
-def load_labels(path: str, dataset: Dataset) -> Labels:
-    """The labels of a file or of the directory it lies in; losses are read as they are asked for.
+def load_labels(path: str, dataset: Dataset, kind="shad"):
+    """The labels of a file or of the directory it lies in; values are read as they are asked for.
 
-    Raises DataError, naming what differs, when they were not made from this data with this
-    tokenizer and template.
+    kind "shad": a Labels. "reference" and "reward": values[a:b], (b - a,) float32, are the
+    reference model's losses or the rewards of the output tokens a to b. Raises DataError, naming
+    what differs, when they are of another kind, or not made from this data with this tokenizer and
+    template.
     """
+    name, command = KINDS[kind]
     if os.path.isdir(path):
         path = os.path.join(path, "labels.safetensors")
     try:
         file = safe_open(path, framework="numpy")
         made_from = json.loads(file.metadata()["shad"])
-        threshold = float(made_from["threshold"])
-        difference = file.get_slice("loss_difference")
+        [found] = set(file.keys()) - {"offsets"}
+        values = file.get_slice(found)
         starts = file.get_tensor("offsets")
-        if difference.get_dtype() != "F32" or difference.get_shape() != [starts[-1]]:
-            raise ValueError("loss_difference is not float32 of as many tokens as offsets say")
+        if starts.ndim != 1 or starts.dtype != np.int64:
+            raise ValueError("offsets is not one row of int64")
+        if values.get_dtype() != "F32" or values.get_shape() != [starts[-1]]:
+            raise ValueError(f"{found} is not float32 of as many tokens as offsets say")
+        threshold = float(made_from["threshold"]) if found == "loss_difference" else 0.0
+        if not np.isfinite(threshold) or not np.isfinite(values[:]).all():
+            raise ValueError("not all of it is finite")
     except Exception as e:                      # safetensors raises its own type, and others
         raise DataError(f"{path} cannot be read as labels ({type(e).__name__}: {e}); "
-                        "make it with shad.py.") from None
+                        f"make it with {command}.") from None
+    if found != name:
+        raise DataError(f"{path} holds {found} per token where {name} is needed; "
+                        f"make it with {command}.")
     differing = [k for k, value in dataset.fingerprint.items() if made_from.get(k) != value]
     if differing:
         verb = "differs" if len(differing) == 1 else "differ"
         raise DataError(f"{path} does not fit: its {' and '.join(differing)} {verb} from this "
-                        "run's; run shad.py again with the same --data, --model and --template.")
+                        f"run's; run {command} again with the same --data, --model and --template.")
+    if len(starts) != len(dataset.output_starts) or starts[0] != 0:
+        raise DataError(f"{path} does not fit: it is of {len(starts) - 1} samples, not of "
+                        f"{len(dataset.output_counts)}; run {command} again.")
     if not np.array_equal(starts, dataset.output_starts):
         i = int(np.flatnonzero(np.diff(starts) != dataset.output_counts)[0])
         raise DataError(f"{path} does not fit: sample {dataset.samples[i].id!r} is in only one of "
-                        "the two; use the --max-length that shad.py was run with.")
-    return Labels(difference, threshold)
+                        f"the two; use the --max-length that {command} was run with.")
+    return Labels(values, threshold) if kind == "shad" else values
 
 
 # --------------------------------------------------------------------------------------------------
@@ -410,9 +451,9 @@ def run(options: Options, dataset: Dataset, model: Transformer):
 
     `model` ends as the discriminator: since the base losses are taken before it is tuned, one copy
     is enough. A run that was killed resumes from the losses and the tuned model that it left in
-    options.out/parts. The summary is None on all ranks but the first.
+    options.out/parts.
     """
-    rank, _ = rank_and_world()
+    on_rank_0(claim, options.out, FILES, "shad.py")
     work_dir = os.path.join(options.out, "parts")
     times = [time.perf_counter()]
 
@@ -425,20 +466,18 @@ def run(options: Options, dataset: Dataset, model: Transformer):
     samples = dataset.samples.select(dataset.kept)
     shuffled, drawn = shuffle_outputs(samples, fraction, options.seed)
     drawn = dataset.kept[drawn]
-    open_work_dir(work_dir, dataset, options)
+    open_work_dir(work_dir, run_settings(options, dataset))
 
     # 2. Tune the model on them. Its own losses are taken first.
     base_losses = token_losses(model, dataset, options.micro_tokens, "losses of the base model",
                                os.path.join(work_dir, "base losses"))
     times.append(time.perf_counter())
     tuned_model = os.path.join(work_dir, "tuned model")
-    if os.path.isdir(tuned_model):
-        model.load_weights(tuned_model)
-    else:
+    if on_rank_0(damaged_file, tuned_model):            # or not there
         tune(model, shuffled_datasets(dataset, drawn, shuffled, options), options)
-        model.save_pretrained(tuned_model + ".tmp")
-        if rank == 0:
-            os.rename(tuned_model + ".tmp", tuned_model)
+        save_tuned_model(model, tuned_model)
+    else:
+        model.load_weights(tuned_model)
     times.append(time.perf_counter())
     tuned_losses = token_losses(model, dataset, options.micro_tokens, "losses of the tuned model",
                                 os.path.join(work_dir, "tuned losses"))
@@ -446,82 +485,91 @@ def run(options: Options, dataset: Dataset, model: Transformer):
     check = check_tuning(model, dataset, drawn, tuned_losses, options)
 
     # 3. Classify: a token that became harder to predict depends on its input; LD > 0 is reasoning.
-    summary = None
-    if rank == 0:
-        difference = loss_difference(tuned_losses, base_losses)
-        if options.unit == "word":
-            difference = largest_per_word(difference, dataset)
-        unshuffled = ~tokens_of(drawn, dataset)
-        is_reasoning = classify(difference, options.threshold)
-        summary = summarize(difference, is_reasoning, base_losses, tuned_losses, unshuffled,
-                            dataset.true_roles())
-        seconds = np.diff(times).round(1).tolist()
-        summary |= check
-        summary |= {"samples": len(dataset.kept), "shuffled": len(shuffled),
-                    "dropped": dataset.dropped,
-                    "seconds": dict(zip(("base", "tune", "tuned"), seconds, strict=True))}
-        write_json(os.path.join(options.out, "summary.json"), summary)
-        losses = {"base": base_losses, "tuned": tuned_losses}
-        page = labels_page(dataset, difference, is_reasoning, options.threshold, losses, summary)
-        write_page(os.path.join(options.out, "labels.html"),
-                   "SHAD: reasoning and boilerplate tokens", page)
-        # last, since the presence of the labels says that everything is there
-        save_labels(options.out, difference, dataset, options.model, options.threshold,
-                    options.seed)
-        shutil.rmtree(work_dir)
-        print(format_summary(summary))
-    barrier()                                   # the other ranks read what rank 0 wrote
+    summary = on_rank_0(write_results, options, dataset, base_losses, tuned_losses, drawn, check,
+                        times)
+    release(options.out)
     return load_labels(options.out, dataset).difference[:], summary
 
 
-def open_work_dir(path: str, dataset: Dataset, options: Options) -> None:
-    """Create the working directory, or resume the one that a run with the same settings left.
-
-    Raises DataError where the settings differ.
-    """
-    may_change = ("out", "data", "threshold", "unit", "shard")  # data is compared by its content
+def run_settings(options: Options, dataset: Dataset) -> dict:
+    """What must be the same for a run that resumes."""
+    may_change = ("out", "export", "data", "threshold", "shard")    # of data the content counts
     settings = {k: value for k, value in asdict(options).items() if k not in may_change}
-    settings |= dataset.fingerprint
-    file = os.path.join(path, "settings.json")
-    rank, _ = rank_and_world()
-    if os.path.exists(file):
-        with open(file, encoding="utf-8") as f:
-            found = json.load(f)
-        differing = [key for key, value in found.items() if settings.get(key) != value]
-        if differing:
-            raise DataError(f"{path} was left by an unfinished run with another "
-                            f"{' and '.join(differing)}; remove it, or choose another --out.")
-    elif rank == 0:
-        shutil.rmtree(path, ignore_errors=True)     # a run was killed while it removed it
-    barrier()                                       # every rank has looked
-    if rank == 0:
-        os.makedirs(path, exist_ok=True)
-        write_json(file, settings)
+    return settings | dataset.fingerprint
+
+
+def write_results(options, dataset: Dataset, base_losses, tuned_losses, drawn, check, times):
+    """Write labels, page and summary into options.out; returns the summary.
+
+    drawn: the samples that were shuffled. check: by check_tuning. times: when each step began, and
+    the end.
+    """
+    difference = loss_difference(tuned_losses, base_losses)
+    if options.unit == "word":
+        difference = largest_per_word(difference, dataset)
+    unshuffled = ~tokens_of(drawn, dataset)                                 # (output tokens,)
+    is_reasoning = classify(difference, options.threshold)
+    summary = summarize(difference, is_reasoning, base_losses, tuned_losses, unshuffled,
+                        dataset.true_roles())
+    seconds = np.diff(times).round(1).tolist()
+    summary |= check
+    summary |= {"samples": len(dataset.kept), "shuffled": len(drawn),
+                "dropped": dataset.dropped,
+                "seconds": dict(zip(("base", "tune", "tuned"), seconds, strict=True))}
+    write_json(os.path.join(options.out, "summary.json"), summary)
+    losses = {"base": base_losses, "tuned": tuned_losses}
+    page = labels_page(dataset, difference, is_reasoning, options.threshold, losses, summary)
+    write_page(os.path.join(options.out, "labels.html"),
+               "SHAD: reasoning and boilerplate tokens", page)
+    # last, since the presence of the labels says that everything is there
+    save_labels(options.out, difference, dataset, {
+        "base_model": options.model, "threshold": options.threshold, "seed": options.seed})
+    remove_folder(os.path.join(options.out, "parts"))
+    print(format_summary(summary))
+    return summary
+
+
+def claim_export(path: str, create: bool = True) -> None:
+    folder, name = os.path.split(path)
+    claim(folder or ".", [name], "shad.py --export", create)
 
 
 def main():
     options = parse_options(Options, __doc__)
     device = init_distributed()
     rank, _ = rank_and_world()
-    options.model = resolve(options.model)
-    if os.path.exists(os.path.join(options.out, "labels.safetensors")):
+    labelled = os.path.exists(os.path.join(options.out, "labels.safetensors"))
+    if labelled and not options.export:
         raise DataError(f"{options.out}/labels.safetensors is there already; "
                         "choose another --out, or remove it.")
     barrier()                                       # every rank has looked
+    if not labelled:
+        on_rank_0(claim, options.out, FILES, "shad.py", False)
+    if options.export:
+        on_rank_0(claim_export, options.export, False)
+    options.model = resolve(options.model)
+    on_stop(stop_at_once(options.out))
     dataset = Dataset.load(options.data, options.model, options.template, options.max_length,
                            options.native_calls)
     if rank == 0:
         print(dataset.describe())
-    shard = partial(shard_model, device=device) if should_shard(options.shard, device) else None
-    run(options, dataset, Transformer.from_pretrained(options.model, device=device, shard=shard))
-    if rank == 0:
-        data = " ".join(shlex.quote(path) for path in options.data)
-        native = "--native-calls " if options.native_calls else ""
+    if not labelled:
+        shard = partial(shard_model, device=device) if should_shard(options.shard, device) else None
+        model = Transformer.from_pretrained(options.model, device=device, shard=shard)
+        run(options, dataset, model)
+    if options.export and rank == 0:
+        claim_export(options.export)
+        export_labels(options.export, dataset, load_labels(options.out, dataset))
+        release(os.path.dirname(options.export) or ".")
+        print(f"\nwrote {options.export}, one line per sample: {len(dataset.kept):,}")
+    if rank == 0 and not labelled:
+        arguments = ["--model", options.model, "--data", *options.data,
+                     "--max-length", str(options.max_length), "--template", options.template,
+                     *(["--native-calls"] if options.native_calls else []),
+                     "--method", "rft", "--labels", options.out]
         print(f"\nwrote {options.out}/labels.safetensors, summary.json and labels.html "
               "(open it in a browser). Next:\n"
-              f"  python train.py --model {options.model} --data {data} "
-              f"--max-length {options.max_length} --template {options.template} {native}"
-              f"--method rft --labels {options.out} --out OUT")
+              f"  python train.py {shlex.join(arguments)} --out OUT")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""Weighted training, SFT or RFT, on one process or many.
+"""Weighted training, by SFT, RFT or the paper's other methods, on one process or many.
 
     python train.py                         # the whole method on the toy, offline, in minutes
     torchrun --nproc_per_node 2 train.py    # the same, on two processes
     python train.py --model DIR_OR_HUB_ID --data train.json --method rft --out OUT      # SHAD first
     torchrun --nproc_per_node 8 train.py --model DIR --data a.json b.json --method rft \\
              --labels DIR --out OUT
+    python train.py --model DIR --data train.json --method regex --out OUT              # no SHAD
+    python train.py --model DIR --data train.json --method rho1 --labels DIR --out OUT
+
+The last needs labels by baselines/reference.py, as rewardft does: see METHODS in rft.py.
 
 Writes OUT/metrics.jsonl, one line per step, and OUT/model, a Hugging Face directory. The loss and
 the gradient of a global batch do not depend on how it is cut: ranks and micro-batches each add
@@ -15,27 +19,33 @@ import itertools
 import json
 import math
 import os
-import shutil
+import runpy
+import shlex
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
 
+if __name__ == "__main__":      # Ctrl-C while torch is imported ends it without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import numpy as np
 import torch
 from tqdm import tqdm
 
-import eval
-import shad
-from data import Dataset, Renderer, collate, epoch_batches, micro_batches
+import rft
+from baselines.labels import check_labels, method_labels
+from data import Dataset, collate, epoch_batches, micro_batches
 from model import CheckpointError, Transformer, resolve
-from rft import METHODS, Totals, group_losses
-from support import report
+from rft import METHODS, group_losses
 from support.checkpoints import (
     complete_checkpoints,
     load_checkpoint,
+    on_stop,
     open_metrics,
     save_checkpoint,
+    save_last,
     stop_after_this_step,
     told_to_stop,
 )
@@ -47,15 +57,14 @@ from support.distributed import (
     compile_blocks,
     init_distributed,
     mixed_precision,
+    on_rank_0,
     rank_and_world,
     shard_model,
     should_shard,
     sum_over_ranks,
 )
-from support.files import write_json
-from support.label_report import colored_tokens, format_summary, sample_html
-from support.readers import toy_samples
-from support.templates import copy_tokenizer
+from support.files import claim, release, writing
+from support.parts import stop_at_once
 
 
 @dataclass
@@ -66,21 +75,26 @@ class Options:
     out: str = option("", "directory for metrics.jsonl and model/", required=True)
     # method
     method: str = option("rft", "how tokens are weighted", choices=list(METHODS))
-    labels: str = option(None, "labels of shad.py (a directory); rft without them runs SHAD first, "
-                               "into OUT/labels")
+    labels: str = option(None, "labels (a directory) of shad.py; alpha and rft without them run "
+                               "SHAD first, into OUT/labels; for rho1 and rewardft those of "
+                               "baselines.reference; regex makes its own")
     threshold: float = option(None, "loss difference above which a token is reasoning, in nats "
-                                    "(default: the labels' own)", type=float)
+                                    "(default: the labels' own)", low=-2**32, type=float)
     tau: float = option(3.0, "temperature of RFT's softmax, in nats", low=0.01)
     scope: str = option("sample", "one pair of RFT's weights per sample, or one for the global "
                                   "batch", choices=["sample", "batch"])
     reduce: str = option("mean", "a group's loss is its tokens' mean, or their sum as the formula "
                                  "literally says (it saturates)", choices=["mean", "sum"])
+    detach: str = option("yes", "no gradient through RFT's weights", choices=["yes", "no"])
+    alpha: float = option(0.6, "weight of the reasoning tokens for alpha and regex; the paper's "
+                               "value is not public", high=1)
+    keep_share: float = option(0.6, "share of a batch's output tokens that rho1 selects", high=1)
     # optimization
-    epochs: int = option(1, "passes over the data", low=1)
+    epochs: int = option(1, "passes over the data", low=1, high=1000)
     steps: int = option(0, "stop after this many steps instead, however many epochs that takes; "
-                           "0: by --epochs")
+                           "0: by --epochs", high=10**6)
     lr: float = option(2e-5, "peak learning rate; linear warm-up, then a cosine down to a tenth")
-    warmup: float = option(0.03, "share of the steps that warm up")
+    warmup: float = option(0.03, "share of the steps that warm up", high=1)
     weight_decay: float = option(0.0, "decoupled weight decay of the matrices")
     clip: float = option(1.0, "largest gradient norm")
     batch_tokens: int = option(8192, "tokens per global batch", low=1)
@@ -111,59 +125,119 @@ MAY_CHANGE = {"model", "data", "out", "labels", "micro_tokens", "checkpoint_ever
               "resume", "shard", "recompute", "compile", "threshold"}
 
 
+FILES = ("metrics.jsonl", "model")          # what train() makes in OUT, beside checkpoints/
+
+
 # --------------------------------------------------------------------------------------------------
 # One training step
 
 def backward(model, dataset: Dataset, labels, batch, options: Options) -> dict:
     """Forward and backward of this rank's share of one global batch.
 
-    batch: indices of samples. labels: is_reasoning of all output tokens (see collate), or None.
-    Gradients are left in the model, not yet summed over ranks. Returns sums over this rank's share:
-    "loss" (), group losses "L" (2,) summed over tokens, counts "n" (2,), the groups' weights "w"
-    (2,).
+    batch: indices of samples. labels: what the method's labels say of all output tokens (see
+    collate), or None. Gradients are left in the model, not yet summed over ranks. Returns sums over
+    this rank's share: "loss" (), group losses "L" (2,) summed over tokens, counts "n" (2,), the
+    groups' weights "w" (2,); zeros where the labels know no groups.
     """
     rank, world = rank_and_world()
     device = model.head.device
+    batch = np.asarray(batch)
     pieces = micro_batches(batch, dataset.lengths, options.micro_tokens, rank, world)
     single = len(pieces) == 1                               # on every rank
-    totals = Totals(len(batch), int(dataset.output_counts[batch].sum()))
 
     def forward(indices):
-        tokens, targets, is_reasoning = collate(dataset, indices, labels, device)
+        tokens, targets, of_tokens = collate(dataset, indices, labels, device)
         with mixed_precision(device):
-            return model(tokens, targets), is_reasoning, targets != -100            # (B, T) each
+            return model(tokens, targets), of_tokens, targets != -100               # (B, T) each
 
-    # Scope "batch": the weights need the losses of the whole batch before any backward. That is one
-    # more pass, without gradients; a single micro-batch is passed once and its graph kept.
-    single_forward = None
-    if options.method != "sft" and options.scope == "batch":
-        totals.L = torch.zeros(2, device=device)
-        totals.n = torch.zeros(2, device=device)
+    # Some weights need the losses of the whole batch before any backward. That is one more pass,
+    # without gradients; a single micro-batch is passed once and its graph kept.
+    first_pass = []
+    if needs_all_losses(options):
         with torch.set_grad_enabled(single):
-            for indices in pieces:
-                single_forward = losses, is_reasoning, is_output = forward(indices)
-                L, n = group_losses(losses.detach(), is_reasoning, is_output, "sum")    # (2, B)
-                totals.L += L.sum(-1)
-                totals.n += n.sum(-1)
-        sum_over_ranks(totals.L, totals.n)
-        if options.reduce == "mean":
-            totals.L /= totals.n.clamp(min=1)
+            first_pass = [forward(indices) for indices in pieces]
+    totals = batch_totals(first_pass, dataset, labels, batch, options, device)
+    selected = []
+    if options.method == "rho1":
+        selected = select_tokens(first_pass, pieces, totals, dataset, batch, options)
 
     # Each micro-batch's share of the loss goes backward by itself.
+    loss_function, _ = METHODS[options.method]
     sums = {"loss": torch.zeros((), device=device)}
     for name in ("L", "n", "w"):
         sums[name] = torch.zeros(2, device=device)
-    for indices in pieces:
-        reuse = single and single_forward is not None
-        losses, is_reasoning, is_output = single_forward if reuse else forward(indices)
-        loss, w = METHODS[options.method](losses, is_reasoning, is_output, totals, options)
+    for k, indices in enumerate(pieces):
+        reuse = single and first_pass
+        losses, of_tokens, is_output = first_pass[0] if reuse else forward(indices)
+        if selected:
+            of_tokens = selected[k]
+        loss, w = loss_function(losses, of_tokens, is_output, totals, options)
         loss.backward()
-        L, n = group_losses(losses.detach(), is_reasoning, is_output, "sum")        # (2, B)
         sums["loss"] += loss.detach()
-        sums["L"] += L.sum(1)
-        sums["n"] += n.sum(1)
         sums["w"] += w
+        if has_groups(labels):
+            L, n = group_losses(losses.detach(), of_tokens, is_output, "sum")       # (2, B)
+            sums["L"] += L.sum(1)
+            sums["n"] += n.sum(1)
     return sums
+
+
+def has_groups(labels) -> bool:
+    """Do these labels, or None, tell two groups of tokens apart? Others are losses or rewards."""
+    return labels is None or labels[:0].dtype == bool
+
+
+def needs_all_losses(options: Options) -> bool:
+    """Does a token's weight depend on the losses of its whole global batch?"""
+    is_rft = METHODS[options.method][0] is rft.rft
+    return options.method == "rho1" or (is_rft and options.scope == "batch")
+
+
+def batch_totals(first_pass, dataset, labels, batch, options: Options, device) -> rft.Totals:
+    """What rft.py must know of a global batch; every rank reads the labels of all of it.
+
+    first_pass: the (losses, labels, is_output) of this rank's micro-batches, where needed.
+    """
+    totals = rft.Totals(len(batch), int(dataset.output_counts[batch].sum()))
+    _, kind = METHODS[options.method]
+    by_batch = options.scope == "batch" and kind in ("shad", "regex")
+    if kind == "reward" or by_batch:
+        starts = dataset.output_starts
+        of_batch = np.concatenate([labels[starts[i]:starts[i + 1]] for i in batch])
+        of_batch = torch.from_numpy(of_batch).to(device)                            # (tokens,)
+    if kind == "reward":
+        totals.weight = rft.reward_weights(of_batch).sum()
+    if by_batch:
+        totals.n = torch.stack([(~of_batch).sum(), of_batch.sum()])
+    if by_batch and first_pass:
+        totals.L = torch.zeros(2, device=device)
+        for losses, is_reasoning, is_output in first_pass:
+            L, _ = group_losses(losses.detach(), is_reasoning, is_output, "sum")    # (2, B)
+            totals.L += L.sum(-1)
+        sum_over_ranks(totals.L)
+        if options.reduce == "mean":
+            totals.L /= totals.n.clamp(min=1)
+    return totals
+
+
+def select_tokens(first_pass, pieces, totals, dataset, batch, options: Options) -> list:
+    """Which tokens rho1 selects in each micro-batch: [(B, T) bool]; sets totals.weight to how many.
+
+    Each rank writes the excess losses of its tokens into their places among all of the batch.
+    """
+    counts = dataset.output_counts[batch]
+    starts = dict(zip(batch.tolist(), np.cumsum(counts) - counts, strict=True))
+    excess = torch.zeros(totals.tokens, device=first_pass[0][0].device)
+    of_pieces = []
+    for (losses, reference, is_output), indices in zip(first_pass, pieces, strict=True):
+        of_pieces.append(losses.detach() - reference)                               # (B, T)
+        for b, i in enumerate(indices):
+            of_sample = of_pieces[-1][b][is_output[b]]
+            excess[starts[i]:starts[i] + len(of_sample)] = of_sample
+    sum_over_ranks(excess)              # each token is filled in by one rank and 0 on the others
+    threshold = rft.selection_threshold(excess, options.keep_share)
+    totals.weight = (excess >= threshold).sum()
+    return [piece >= threshold for piece in of_pieces]
 
 
 def learning_rate(step: int, steps: int, options: Options) -> float:
@@ -175,16 +249,16 @@ def learning_rate(step: int, steps: int, options: Options) -> float:
     return options.lr * (0.1 + 0.45 * (1 + math.cos(angle)))
 
 
-def metrics_row(step: int, sums: dict, labelled: bool, lr, norm, tokens_per_s) -> dict:
-    """One line of metrics.jsonl; sums: over all ranks. Without labels the groups are unknown."""
+def metrics_row(step: int, sums: dict, grouped: bool, lr, norm, tokens_per_s) -> dict:
+    """One line of metrics.jsonl; sums: over all ranks. Without groups their figures are None."""
     L = sums["L"].tolist()
     n = sums["n"].tolist()
     w = sums["w"].tolist()
-    boilerplate, reasoning = (L[g] / n[g] if labelled and n[g] else None for g in (0, 1))
+    boilerplate, reasoning = (L[g] / n[g] if grouped and n[g] else None for g in (0, 1))
     return {"step": step, "loss": sums["loss"].item(),
             "loss_reasoning": reasoning, "loss_boilerplate": boilerplate,
-            "weight_reasoning": w[1] if labelled else None,
-            "weight_boilerplate": w[0] if labelled else None,
+            "weight_reasoning": w[1] if grouped else None,
+            "weight_boilerplate": w[0] if grouped else None,
             "lr": lr, "grad_norm": norm, "tokens_per_s": round(tokens_per_s, 1)}
 
 
@@ -221,27 +295,28 @@ def check_finite(loss, norm, step, model, dataset, batch, options) -> None:
 # --------------------------------------------------------------------------------------------------
 # The training loop
 
-def train(model: Transformer, dataset: Dataset, labels, options: Options) -> list[dict]:
+def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=None) -> list[dict]:
     """Train in place; writes metrics.jsonl, checkpoints and model into options.out.
 
-    labels: a shad.Labels, or None. Returns the metrics, one dict per step. SIGTERM ends it with a
-    checkpoint and exit code 0. Raises DataError on a loss or gradient that is not finite, naming
-    the samples, and where a checkpoint cannot be written or read.
+    labels: of the method's kind, or None; see baselines/labels.py. watch(step) is called after each
+    step, counted from 1. Returns the metrics, one dict per step. SIGTERM ends it with a checkpoint
+    and exit code 0. Raises DataError on a loss or gradient that is not finite, naming the samples,
+    and where a checkpoint cannot be written or read.
     """
     rank, _ = rank_and_world()
+    on_rank_0(claim, options.out, FILES, "train.py")
     batches = plan_batches(dataset, options)
     optimizer = make_optimizer(model, options)
     settings = {k: v for k, v in asdict(options).items() if k not in MAY_CHANGE}
     settings |= dataset.fingerprint
-    if labels:
-        digest = hashlib.sha256(labels.difference[:]).hexdigest()
-        settings["labels"] = f"{digest} > {labels.threshold}"
+    if labels is not None:
+        settings["labels"] = hashlib.sha256(labels[:]).hexdigest()
+    grouped = labels is not None and has_groups(labels)
     first = 0
     if options.resume:
         first = load_checkpoint(options.out, model, optimizer, settings)
     metrics = []
     if rank == 0:
-        os.makedirs(options.out, exist_ok=True)
         metrics, log = open_metrics(os.path.join(options.out, "metrics.jsonl"), first)
     bar = tqdm(range(first, len(batches)), options.method, unit="step", initial=first,
                total=len(batches), disable=rank > 0)
@@ -268,12 +343,15 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options) -> lis
 
         # log
         tokens_per_s = float(dataset.lengths[batch].sum()) / (time.perf_counter() - start)
-        row = metrics_row(step + 1, sums, labels is not None, lr, norm, tokens_per_s)
+        row = metrics_row(step + 1, sums, grouped, lr, norm, tokens_per_s)
         metrics.append(row)
         if rank == 0:
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            bar.set_postfix(progress(row, labels is not None))
+            with writing(log.name):
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+            bar.set_postfix(progress(row, grouped))
+        if watch:
+            watch(step + 1)
 
         # save a checkpoint, and stop after it if told to
         if stop or (options.checkpoint_every and (step + 1) % options.checkpoint_every == 0):
@@ -286,7 +364,9 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options) -> lis
     bar.close()
     if rank == 0:
         log.close()
-    save_model(model, dataset.renderer.directory, os.path.join(options.out, "model"))
+    save_last(options.out, len(batches), model, optimizer, settings, options.keep,
+              dataset.renderer.directory)
+    release(options.out)
     return metrics
 
 
@@ -310,67 +390,43 @@ def make_optimizer(model: Transformer, options: Options) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
 
 
-def progress(row: dict, labelled: bool) -> dict:
-    """What the progress bar shows of a step: its loss, by group where there are labels."""
+def progress(row: dict, grouped: bool) -> dict:
+    """What the progress bar shows of a step: its loss, and each group's where there are groups."""
     shown = {"loss": row["loss"]}
-    if labelled:
+    if grouped:
         shown |= {"r": row["loss_reasoning"] or 0, "b": row["loss_boilerplate"] or 0}
     return {name: f"{value:.3f}" for name, value in shown.items()}
 
 
-def save_model(model: Transformer, tokenizer_directory: str, path: str) -> None:
-    """Write a Hugging Face directory in the base's own dtype, under a temporary name first."""
-    stored = model.config.extra                         # transformers 5 says dtype, 4 torch_dtype
-    dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")), None)
-    model.save_pretrained(path + ".tmp", dtype)
-    if rank_and_world()[0] == 0:
-        copy_tokenizer(tokenizer_directory, path + ".tmp")
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(path + ".tmp", path)
-
-
 def main():
     options = parse_options(Options, __doc__)
+    check_labels(options)
     device = init_distributed()
     rank, _ = rank_and_world()
-    options.model = resolve(options.model)
+    on_rank_0(claim, options.out, FILES, "train.py", False)
     if finished_before(options):
         return
     barrier()                                   # every rank has looked before one begins to write
+    options.model = resolve(options.model)
+    on_stop(stop_at_once(os.path.join(options.out, "labels")))
     dataset = Dataset.load(options.data, options.model, options.template, options.max_length,
                            options.native_calls)
     if rank == 0:
         print(dataset.describe())
     shard = partial(shard_model, device=device) if should_shard(options.shard, device) else None
 
-    # SHAD, unless there are labels; it keeps what it has done as it goes, so SIGTERM may end it
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    if options.method != "sft" and not options.labels:
-        options.labels = os.path.join(options.out, "labels")
-        if not os.path.exists(os.path.join(options.labels, "labels.safetensors")):
-            model = Transformer.from_pretrained(options.model, device=device, shard=shard)
-            shad_options = shad.Options(
-                model=options.model, data=options.data, out=options.labels,
-                micro_tokens=options.micro_tokens, max_length=options.max_length,
-                template=options.template, native_calls=options.native_calls, seed=options.seed)
-            shad.run(shad_options, dataset, model)
-            del model
-            if rank == 0:
-                print(f"wrote {options.labels}/labels.safetensors and labels.html")
-    labels = shad.load_labels(options.labels, dataset) if options.labels else None
-    if labels and options.threshold is not None:
-        labels.threshold = options.threshold
+    # what the method must know of each token; SHAD keeps what it has done as it goes
+    labels = method_labels(options, dataset, device, shard)
 
     # train; from here on a checkpoint can be written
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop_after_this_step)
+    on_stop(stop_after_this_step, signal.SIGINT)
     model = Transformer.from_pretrained(options.model, device=device, shard=shard)
     model.recompute = options.recompute
     if options.compile:
         compile_blocks(model)
     metrics = train(model, dataset, labels, options)
     if rank == 0:
-        print_result(metrics, labels is not None, options)
+        print_result(metrics, options)
 
 
 def finished_before(options: Options) -> bool:
@@ -383,93 +439,34 @@ def finished_before(options: Options) -> bool:
             return True
         raise DataError(f"{options.out}/model already holds a trained model; "
                         "choose another --out, or remove it.")
-    if os.path.isdir(root) and os.listdir(root) and not options.resume:
-        raise DataError(f"{root} holds an unfinished run; go on with --resume, "
+    metrics = os.path.join(options.out, "metrics.jsonl")
+    begun = [root] if os.path.isdir(root) and os.listdir(root) else []
+    begun += [metrics] if os.path.isfile(metrics) and os.path.getsize(metrics) else []
+    if begun and not options.resume:
+        raise DataError(f"{begun[0]} holds an unfinished run; go on with --resume, "
                         "choose another --out, or remove it.")
     return False
 
 
-def print_result(metrics: list[dict], labelled: bool, options: Options) -> None:
+def print_result(metrics: list[dict], options: Options) -> None:
     """What was made, and what to do next."""
-    last = metrics[-1]
-    groups = ""
-    if labelled:
-        groups = (f" (reasoning {last['loss_reasoning']:.3f}, "
-                  f"boilerplate {last['loss_boilerplate']:.3f})")
+    text = f"{options.method}: {len(metrics)} steps"
+    if metrics:
+        last = metrics[-1]
+        text += f", loss {metrics[0]['loss']:.3f} -> {last['loss']:.3f}"
+        if None not in (last["loss_reasoning"], last["loss_boilerplate"]):
+            text += (f" (reasoning {last['loss_reasoning']:.3f}, "
+                     f"boilerplate {last['loss_boilerplate']:.3f})")
     root = os.path.join(options.out, "checkpoints")
     leftover = f"; {root} is no longer needed" if complete_checkpoints(root) else ""
-    print(f"\n{options.method}: {len(metrics)} steps, "
-          f"loss {metrics[0]['loss']:.3f} -> {last['loss']:.3f}{groups}\n"
-          f"wrote {options.out}/model (a Hugging Face directory) and "
+    model, out = (shlex.quote(os.path.join(options.out, name)) for name in ("model", "eval"))
+    print(f"\n{text}\nwrote {options.out}/model (a Hugging Face directory) and "
           f"{options.out}/metrics.jsonl{leftover}. Next:\n"
-          f"  python eval.py loss --model {options.out}/model --data HELD_OUT.json "
-          f"--out {options.out}/eval")
-
-
-# --------------------------------------------------------------------------------------------------
-# With no arguments: the method end to end on the toy, whose generator knows every token's true role
-
-TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
-TOY_SAMPLES = 4000
-TOY_EVAL = 200                  # samples of each kind, held-in and held-out
-EVAL_SEED = 10_000
-TOY_SHAD = {"shuffle": 400, "epochs": 4, "lr": 1e-3, "batch_tokens": 1024, "micro_tokens": 4096}
-TOY_TRAINING = {"steps": 400, "lr": 1e-3, "batch_tokens": 2048, "micro_tokens": 4096}
-
-
-def reproduce(out: str = "out", seed: int = 0) -> dict:
-    """SHAD, then SFT and RFT from the same base with the same seed, then evaluation.
-
-    Prints a table and writes out/report.html; returns the evaluation of each model.
-    """
-    start = time.perf_counter()
-    device = init_distributed()
-    rank, _ = rank_and_world()
-
-    def base():
-        return Transformer.from_pretrained(TOY, device=device)
-
-    def evaluate(model):
-        summary, _ = eval.evaluate_toy(model, dataset.renderer, TOY_EVAL, seed=EVAL_SEED + seed)
-        return summary
-
-    # the toy, and its labels by SHAD
-    dataset = Dataset(toy_samples(TOY_SAMPLES, seed), Renderer(TOY))
-    if rank == 0:
-        size = sum(p.numel() for p in base().parameters())
-        print(f"toy: {dataset.describe()}; base {size:,} parameters")
-    shad_options = shad.Options(
-        model=TOY, data=["toy"], out=os.path.join(out, "labels"), seed=seed, **TOY_SHAD)
-    difference, shad_summary = shad.run(shad_options, dataset, base())
-
-    # both methods, from the same base and in the same batches
-    summaries = {"base": evaluate(base())}
-    runs = {}
-    for method in ("sft", "rft"):
-        options = Options(model=TOY, data=["toy"], out=os.path.join(out, method), method=method,
-                          seed=seed, **TOY_TRAINING)
-        model = base()
-        runs[method.upper()] = train(model, dataset, shad.Labels(difference), options)
-        summaries[method.upper()] = evaluate(model)
-
-    # the report
-    if rank == 0:
-        is_reasoning = shad.classify(difference)
-        samples = ""
-        for i in range(12):
-            tokens = colored_tokens(dataset, i, difference, is_reasoning)
-            samples += sample_html(dataset, i, tokens)
-        body = (f"<pre>{format_summary(shad_summary)}</pre>{report.report_html(runs, summaries)}"
-                f"<h2>What SHAD found</h2>{report.KEY}{samples}")
-        report.write_page(os.path.join(out, "report.html"), "SHAD + RFT on the toy", body)
-        write_json(os.path.join(out, "summary.json"),
-                   {"seed": seed, "shad": shad_summary, "models": summaries})
-        print(f"\n{report.format_table(report.comparison_rows(summaries))}\n\n"
-              f"{time.perf_counter() - start:.0f} s. Look at {out}/report.html (curves, coloured "
-              f"tokens) and {out}/labels/labels.html. Next, with your own model and data:\n"
-              "  python train.py --model DIR_OR_HUB_ID --data train.json --method rft --out OUT")
-    return summaries
+          f"  python eval.py loss --model {model} --data HELD_OUT.json --out {out}")
 
 
 if __name__ == "__main__":
-    run_script(main if len(sys.argv) > 1 else reproduce, CheckpointError)
+    if len(sys.argv) > 1:
+        run_script(main, CheckpointError)
+    else:
+        runpy.run_module("toy.reproduce", run_name="__main__")      # the whole method on the toy

@@ -27,6 +27,9 @@ class Item:
 # what a broken record of a benchmark's own data can raise, and how its verdict's reason begins
 RECORD_FAULTS = (KeyError, IndexError, TypeError, AttributeError, ValueError, SyntaxError)
 DATA_FAULT = "fault of the benchmark's own record:"
+# the reasons of verdicts on what was not answered
+NO_OUTPUT = "no output"
+TOO_LONG = "prompt too long for the model"
 
 
 def data_faults(verdicts: list[dict]) -> list[str]:
@@ -65,9 +68,9 @@ def judge_outputs(bench, items: list[Item], outputs: dict[str, str | None], **op
         if output is not None:
             verdict = bench.judge(item, output, **options)
         elif item.id in outputs:
-            verdict = {"correct": False, "reason": "prompt too long for the model"}
+            verdict = {"correct": False, "reason": TOO_LONG}
         else:
-            verdict = {"correct": False, "reason": "no output"}
+            verdict = {"correct": False, "reason": NO_OUTPUT}
         verdicts.append({"id": item.id, "category": item.category, **verdict, "output": output})
     return verdicts
 
@@ -89,8 +92,7 @@ def count_verdicts(verdicts: list[dict]) -> dict:
         categories[name] = {"asked": len(correct), "correct": sum(correct),
                             "accuracy": sum(correct) / len(correct),
                             "interval": wilson(sum(correct), len(correct))}
-    without = [v["reason"] for v in verdicts if v["output"] is None]
-    return {"asked": len(verdicts), "answered": len(verdicts) - len(without),
-            "missing": sum(v["reason"] == "no output" for v in verdicts),
-            "too_long": sum(reason != "no output" for reason in without),
+    reasons = [v["reason"] for v in verdicts if v["output"] is None]
+    return {"asked": len(verdicts), "answered": len(verdicts) - len(reasons),
+            "missing": reasons.count(NO_OUTPUT), "too_long": reasons.count(TOO_LONG),
             "categories": categories}

@@ -4,11 +4,13 @@ import os
 
 from benchmarks import Item
 from benchmarks.bfcl_calls import decode
-from benchmarks.bfcl_values import TYPES, check_value
+from benchmarks.bfcl_values import LISTS, TYPES, check_value
 from support.cli import DataError
 from support.readers import TOOL_PROMPT, Message, read_records
+from support.records import reading
 
 MAX_NEW_TOKENS = 512
+COPY_AGAIN = "copy the release's file again"
 
 SIMPLE = ("simple_python", "simple_java", "simple_javascript")
 LIVE = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple")
@@ -29,7 +31,8 @@ def language_of(category: str) -> str:
 def items(folder: str) -> list[Item]:
     """The items of each single-turn BFCL_v4_CATEGORY.json in a folder, with its possible_answer/.
 
-    Raises DataError if there is no such file, and for a record that is not BFCL's or has no answer.
+    Raises DataError if there is no such file, and for a record that is not BFCL's, has no answer or
+    repeats an id.
     """
     found = []
     for category in CATEGORIES:
@@ -46,40 +49,68 @@ def items(folder: str) -> list[Item]:
 
 def category_items(category: str, path: str, answer_path: str) -> list[Item]:
     """The items of one file; the relevance categories have no answers."""
-    found = []
     has_answers = "relevance" not in category
-    where = answer_path
-    try:
-        answers = {}
-        if has_answers:
-            answers = {r["id"]: r["ground_truth"] for _, r in read_records(answer_path)}
-        for where, record in read_records(path):
+    answers = {}
+    if has_answers:
+        for where, record in unique_records(answer_path):
+            with reading(where, COPY_AGAIN):
+                answers[record["id"]] = record["ground_truth"]
+
+    found = []
+    for where, record in unique_records(path):
+        with reading(where, COPY_AGAIN):
             item = question(record, category)
             if has_answers:
                 if item.id not in answers:
-                    raise DataError(f"{where}: {answer_path} has no answer to {item.id}; "
+                    raise DataError(f"{answer_path} has no answer to {item.id}; "
                                     "copy both files of one release.")
                 add_answer(item, answers[item.id])
             found.append(item)
-    except (KeyError, IndexError, TypeError, AttributeError) as e:
-        raise DataError(f"{where} is no record of BFCL ({type(e).__name__}: {e}); "
-                        "copy the release's file again.") from None
+    if not found:
+        raise DataError(f"{path} holds no records; {COPY_AGAIN}.")
     return found
+
+
+def unique_records(path: str):
+    """Yield (where, record) of a file, each record with an id of its own."""
+    seen = {}
+    for where, record in read_records(path):
+        with reading(where, COPY_AGAIN):
+            name = record["id"]
+            if not isinstance(name, str):
+                raise TypeError(f"the id is {name!r:.50}, not text")
+            if name in seen:
+                raise DataError(f"the id {name!r:.50} was there before ({seen[name]}); "
+                                "keep one record of it.")
+        seen[name] = where
+        yield where, record
 
 
 def question(record: dict, category: str) -> Item:
     """A record as an item without its answer: a system prompt with the functions, and the turns."""
     documents = record["function"]
+    if not all(isinstance(d["name"], str) for d in documents):
+        raise TypeError("a function's name is not text")
     language = language_of(category)
     shown = documents
     if language != "python":
         shown = [with_string_arguments(d, language) for d in documents]
     tools = [flat_specification(d) for d in shown]
     system = [TOOL_PROMPT.format(json.dumps(tools, ensure_ascii=False))]
+
+    if len(record["question"]) > 1:
+        raise TypeError("several turns in a single-turn category")
     turns = [Message(turn["role"], turn["content"]) for turn in record["question"][0]]
+    for turn in turns:
+        if not isinstance(turn.text, str) or turn.role not in ("system", "user", "assistant"):
+            raise TypeError(f"a message of {turn.role} with {type(turn.text).__name__} content")
     if turns[0].role == "system":
         system.append(turns.pop(0).text)
+    if not turns:
+        raise TypeError("no message of a user")
     messages = [Message("system", "\n\n".join(system)), *turns]
+    for message in messages:
+        message.text.encode()           # raises for half a character, which no tokenizer takes
     return Item(record["id"], category, messages, {"documents": documents})
 
 
@@ -102,7 +133,7 @@ def with_string_arguments(document: dict, language: str) -> dict:
     properties = {}
     for name, parameter in document["parameters"]["properties"].items():
         kind = parameter["type"]
-        if "items" in parameter:
+        if parameter.get("items", {}).get("type"):
             kind += f" of {parameter['items']['type']}"
         if "properties" in parameter:
             kind += f" with the fields {json.dumps(parameter['properties'])}"
@@ -121,26 +152,36 @@ def add_answer(item: Item, truth: list[dict]) -> None:
 
 def find_fault(documents: list[dict], truth: list[dict], language: str) -> str | None:
     """Why an item's own data reject even a call with accepted values, or None."""
-    properties = {d["name"]: d["parameters"]["properties"] for d in documents}
+    properties = {d["name"]: d["parameters"]["properties"] for d in reversed(documents)}
+    if not isinstance(truth, list) or not truth:
+        return "the answer is no list of expected calls"
     for call in truth:
-        for name, arguments in call.items():
-            if name not in properties:
-                return f"{name} is expected but not among the functions"
-            for argument, values in arguments.items():
-                if argument not in properties[name]:
-                    return (f"{name}'s {argument} has accepted values "
-                            "but is not among its parameters")
-                fault = argument_fault(properties[name][argument], values, language)
-                if fault:
-                    return f"{name}'s {argument}{fault}"
+        if not isinstance(call, dict) or len(call) != 1:
+            return "an expected call is not one {function: {argument: accepted values}}"
+        name, arguments = next(iter(call.items()))
+        if name not in properties:
+            return f"{name} is expected but not among the functions"
+        if not isinstance(arguments, dict):
+            return f"{name}'s accepted values are no object"
+        for argument, values in arguments.items():
+            if argument not in properties[name]:
+                return f"{name}'s {argument} has accepted values but is not among its parameters"
+            fault = argument_fault(properties[name][argument], values, language)
+            if fault:
+                return f"{name}'s {argument}{fault}"
     return None
 
 
 def argument_fault(document: dict, values: list, language: str) -> str | None:
     """A fault in one argument's document or accepted values, as the end of a sentence, or None."""
-    if document["type"] not in TYPES[language]:
-        return f" is of the unknown type {document['type']}"
-    if not values:
+    kind = document["type"]
+    if kind not in TYPES[language]:
+        return f" is of the unknown type {kind}"
+    if kind in LISTS:
+        elements = document.get("items")
+        if not isinstance(elements, dict) or elements.get("type") not in TYPES[language]:
+            return " has elements of an unknown type"
+    if not isinstance(values, list) or not values:
         return " has no accepted value"
     for value in values:
         if type(value) is dict and any(type(options) is not list for options in value.values()):
@@ -176,7 +217,7 @@ def why_wrong(item: Item, output: str) -> str | None:
         calls = decode(output, language)
     except Exception as e:      # ast.parse and json.loads raise more than ValueError
         calls = []
-        failure = f"no calls can be read: {e}"
+        failure = f"no calls can be read: {str(e) or type(e).__name__}"
 
     # Whether there is a call is all that counts in these two; text that cannot be read has none.
     if "irrelevance" in item.category:

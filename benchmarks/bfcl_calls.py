@@ -6,17 +6,31 @@ import re
 import warnings
 from typing import NamedTuple
 
+from benchmarks.native_calls import native_calls
+
 LONGEST = 10_000    # characters of an output: parsers and patterns need bounded time on any text
 
 
 def decode(output: str, language: str) -> list[tuple[str, dict]]:
-    """The calls [(name, {argument: value})] in a model's text, which is JSON or in `language`.
+    """The calls [(name, {argument: value})] in a model's text.
 
+    The prompt asks for JSON or calls in `language`; a model's own tool-call form is read as well.
     Java and JavaScript values stay source text: what they mean depends on the documents' types.
     Raises ValueError if no calls can be read, and what json.loads and ast.parse raise besides.
     """
     if len(output) > LONGEST:
         raise ValueError(f"longer than {LONGEST:,} characters")
+    try:
+        return requested_calls(output, language)
+    except Exception:
+        calls = native_calls(output)
+        if calls is None:
+            raise
+        return calls
+
+
+def requested_calls(output: str, language: str) -> list[tuple[str, dict]]:
+    """A JSON list of {"name", "arguments"}, or calls in `language`, perhaps in a fence."""
     try:
         content = json.loads(re.sub(r"^```(?:json)?|```$", "", output.strip()))
     except ValueError:
@@ -111,7 +125,10 @@ def arithmetic(node):
             is_power = isinstance(node.op, ast.Pow) and isinstance(left, int)
             if is_power and left.bit_length() * right > 4096:
                 raise ValueError("a power too large")
-            return ARITHMETIC[type(node.op)](left, right)
+            result = ARITHMETIC[type(node.op)](left, right)
+            if isinstance(result, int) and result.bit_length() > 2**16:     # more than any literal
+                raise ValueError("a number too large")
+            return result
     raise ValueError("arithmetic on names or calls")
 
 
@@ -135,14 +152,10 @@ SCRIPT_TOKEN = re.compile(r"""
     """, re.S | re.X)
 REGEX_LITERAL = re.compile(r"(?P<string>/[^/*\s][^/\n]*/[a-z]*)")       # JavaScript's /.../g
 NUMBER_SUFFIX = {"java": re.compile("[lLfFdD]"), "javascript": re.compile("n")}
-TYPE_PARAMETERS = re.compile(r"<[\w\s,.?<>]*>")                         # of new HashMap<K, V>
+TYPE_PARAMETERS = re.compile(r"<[\w\s,.?<>]{0,500}>")                   # of new HashMap<K, V>
 
-DOTTED_NAME = r"([^\W\d][\w$]*(?:\.[^\W\d][\w$]*)*)\s*"
-CALL_NAME = {
-    "java": re.compile(r"\s*" + DOTTED_NAME),
-    # what is left of a fence, the line with the name of the language, may come before the call
-    "javascript": re.compile(r"\s*(?:[a-z]+\s*\n)?\s*" + DOTTED_NAME),
-}
+DOTTED_NAME = re.compile(r"[^\W\d][\w$]*(?:\.[^\W\d][\w$]*)*")
+FENCE_LANGUAGE = re.compile(r"[a-z]+(\s+)")                             # the rest of ```javascript
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 RESERVED = {"javascript": {
@@ -159,10 +172,10 @@ def script_call(text: str, language: str) -> list[tuple[str, dict]]:
     """The one call `name(argument=value, ...)` of a text; statements after it are not looked at."""
     tokens = tokenize(text, language)
     texts = [token.text for token in tokens]
-    head = texts.index("(") if "(" in texts else 0
-    name = CALL_NAME[language].fullmatch(text[:tokens[head].start]) if tokens else None
-    if not name:
+    if "(" not in texts:
         raise ValueError("not a call of a named function")
+    head = texts.index("(")
+    name = call_name(text[:tokens[head].start].strip(), language)
 
     arguments = {}
     pieces = split_arguments(tokens[head + 1:])
@@ -179,7 +192,17 @@ def script_call(text: str, language: str) -> list[tuple[str, dict]]:
             arguments[argument] = java_source(expression, text)
         else:
             arguments[argument] = unquote(text[expression[0].start:expression[-1].end])
-    return [(name[1], arguments)]
+    return [(name, arguments)]
+
+
+def call_name(text: str, language: str) -> str:
+    """The function's name in the text before its bracket. Raises ValueError for any other text."""
+    fence = FENCE_LANGUAGE.match(text) if language == "javascript" else None
+    if fence and "\n" in fence[1]:
+        text = text[fence.end():]
+    if not DOTTED_NAME.fullmatch(text):
+        raise ValueError("not a call of a named function")
+    return text
 
 
 def tokenize(text: str, language: str) -> list[Token]:

@@ -113,7 +113,8 @@ def normalize_elements(values) -> list:
 
 # -------------------------------------------------------------------------------------------------
 # Java and JavaScript: from source text to values. Text that is not written as its type stays text.
-# The patterns are upstream's, and so are their answers to nested or unusual values.
+# Upstream's patterns decide, in nested or unusual text too. Some take quadratic or cubic time; they
+# are matched here in two steps with the same result, the head and then what follows it.
 
 NUMBERS = {
     "java": {"byte": (int, ""), "short": (int, ""), "integer": (int, ""), "long": (int, "[lL]"),
@@ -143,7 +144,7 @@ def java_value(text: str, type_name: str, element_name: str | None = None):
     if type_name == "ArrayList":
         return java_list(text, element_name)
     if type_name == "Array":
-        m = re.search(r"new\s+\w+\[\]\s*\{(.*?)\}", text)
+        m = re.search(r"new\s+\w+\[\]\s*\{([^}\n]*)\}", text)
         if m:
             elements = [e.strip() for e in m[1].split(",")]
             return [java_value(e, element_name) for e in elements if e]
@@ -154,14 +155,17 @@ def java_value(text: str, type_name: str, element_name: str | None = None):
 
 def java_list(text: str, element_name: str | None):
     """A list from new ArrayList<>(Arrays.asList(...)) or new ArrayList<>() {{ add(...); }}."""
-    m = re.search(r"new\s+ArrayList<\w*>\(Arrays\.asList\((.+?)\)\)", text)
-    if m:
-        elements = m[1].split(",")
+    as_list = re.search(r"new\s+ArrayList<\w*>\(Arrays\.asList\((.+?)\)\)", text)
+    if as_list:
+        elements = as_list[1].split(",")
     else:
-        m = re.search(r"new\s+ArrayList<\w*>\(\)\s*\{\{(.+?)\}\}", text, re.S)
-        if not m:
+        head = re.search(r"new\s+ArrayList<\w*>\(\)\s*\{\{", text)
+        end = text.find("}}", head.end() + 1) if head else -1
+        if end < 0:
             return [] if re.search(r"new\s+ArrayList<\w*>\(\)", text) else text
-        elements = re.findall(r"add\((.+?)\)", m[1])
+        # a line without another ")" is skipped as a whole, which leaves an empty match
+        adds = re.findall(r"add\((?:(.[^)\n]*)\)|.*)", text[head.end():end])
+        elements = [element for element in adds if element]
     elements = [e.strip() for e in elements]
     if element_name in ("char", "String"):
         return [e[1:-1] for e in elements]
@@ -170,11 +174,41 @@ def java_list(text: str, element_name: str | None):
 
 def java_map(text: str):
     """A dictionary from new HashMap<>() {{ put("key", value); }}."""
-    m = re.search(r"new\s+HashMap<.*?>\s*\(\)\s*\{\s*\{?([^}]*)\}", text, re.S)
-    if m:
-        puts = re.findall(r'put\("(.*?)",\s*(.*?)\)', m[1])
-        return {key: untyped_value(value.strip(), "java") for key, value in puts}
-    return {} if re.search(r"new\s+HashMap<.*?>\s*\(\)", text, re.S) else text
+    head = re.search(r"new\s+HashMap<", text)
+    if not head:
+        return text
+    after = text[head.end():]
+    body = re.search(r">\s*\(\)\s*\{\s*\{?([^}]*)", after[:after.rfind("}") + 1])
+    if body:
+        return {key: untyped_value(value.strip(), "java") for key, value in put_calls(body[1])}
+    return {} if re.search(r">\s*\(\)", after) else text
+
+
+PUT_VALUE = re.compile(r'",\s*(?!\s)([^)\n]*)\)')
+
+
+def put_calls(body: str) -> list[tuple[str, str]]:
+    """[(key, value)] of each put("key", value): the matches of put\\("(.*?)",\\s*(.*?)\\).
+
+    Only the first `",` of a line can end the key, or the last one if the value is on the next line.
+    """
+    found = []
+    start = body.find('put("')
+    while start >= 0:
+        key_start = start + len('put("')
+        line_end = body.find("\n", key_start)
+        if line_end < 0:
+            line_end = len(body)
+        resume = line_end           # without a value here, no other put(" on this line has one
+        for find in (body.find, body.rfind):
+            key_end = find('",', key_start, line_end)
+            value = PUT_VALUE.match(body, key_end) if key_end >= 0 else None
+            if value:
+                found.append((body[key_start:key_end], value[1]))
+                resume = value.end()
+                break
+        start = body.find('put("', resume)
+    return found
 
 
 def javascript_value(text: str, type_name: str, element_name: str | None = None):
@@ -214,21 +248,23 @@ def javascript_array(text: str, element_name: str | None):
 
 
 def javascript_object(text: str):
-    """A dictionary from {key: value, ...}."""
+    """A dictionary from {key: value, ...}; it ends at the first }, so it holds no other."""
     m = re.match(r"\{(.*?)\}", text)
     if not m:
         return text
     fields = {}
-    for key, value in re.findall(r"([^:]+):\s*(.*?)(?:,\s*(?=[^,]+:)|$)", m[1]):
-        fields[key.strip().strip("'\"")] = javascript_field(value.strip())
+    if ":" in m[1]:
+        # A field ends at a comma that a key follows. The first lookahead already says so; it keeps
+        # the spaces from being tried one by one.
+        field = r"([^:]+):\s*(.*?)(?:,(?=[^,]+:)\s*(?=[^,]+:)|$)"
+        for key, value in re.findall(field, m[1]):
+            fields[key.strip().strip("'\"")] = javascript_field(value.strip())
     return fields
 
 
 def javascript_field(text: str):
     if text.startswith("[") and text.endswith("]"):
-        return javascript_value(text, "array")
-    if text.startswith("{") and text.endswith("}"):
-        return javascript_value(text, "dict")
+        return javascript_array(text, None)
     return untyped_value(text.strip("'\"").strip(), "javascript")
 
 

@@ -10,6 +10,7 @@ import re
 import numpy as np
 
 from benchmarks import DATA_FAULT, RECORD_FAULTS, Item, data_faults
+from benchmarks.native_calls import native_calls
 from support.cli import DataError
 from support.readers import TOOL_PROMPT, Message, read_object, read_records
 
@@ -214,6 +215,8 @@ def parse_call(text: str) -> tuple[str, list, dict]:
         positional = [ast.literal_eval(argument) for argument in call.args]
         return name, positional, {k.arg: ast.literal_eval(k.value) for k in call.keywords}
     except Exception as e:      # a model can provoke RecursionError, MemoryError and more
+        for name, keywords in native_calls(text) or []:
+            return name.removeprefix("nvdlib."), [], keywords
         raise ValueError("neither a JSON call nor a Python call with plain values "
                          f"({type(e).__name__})") from None
 

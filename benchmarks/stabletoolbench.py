@@ -1,36 +1,41 @@
 """StableToolBench: an agent calls APIs until it finishes, and a judge model says whether its answer
 solves the query.
 
-A trace is the list of an agent's steps, one per call: {"thought", "action", "input",
-"observation"}, with "source" or "fault" of the environment's response (see servers.py).
+The agent is here; what answers its calls, and the judge's endpoint, in servers.py; its traces on
+file in traces.py; verdicts and figures in judging.py.
 """
+import functools
 import glob
-import itertools
 import json
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 
 from tqdm import tqdm
 
-from benchmarks import Item
-from benchmarks.judging import compare, final_answer, judge
+from benchmarks import TOO_LONG, Item
+from benchmarks.judging import check_verdicts, compare, format_counts, judge
 from benchmarks.judging import summary as summary
 from benchmarks.servers import (
+    DOWN_AFTER,
     cache_folder,
+    check_reachable,
+    find_function,
     judge_endpoint,
+    map_in_threads,
     parse_input,
     recorded_environment,
     recorded_file,
     tool_server,
 )
+from benchmarks.traces import final_answer, read_predictions, save_converted
 from support.cli import DataError
 from support.readers import Message, as_json, read_records
 
-MAX_NEW_TOKENS = 512        # of one turn
-HAS_ACCURACY = False        # without a judge nothing is correct, and that is no accuracy
+# upstream's defaults; its 50 steps (--max-steps here) are 17 turns
+MAX_NEW_TOKENS = 1024       # of one turn
 MAX_OBSERVATION = 1024      # characters
-CONCURRENT_REQUESTS = 8     # a request waits for its server, not for this machine
+HAS_ACCURACY = False        # without a judge nothing is correct, and that is no accuracy
 
 PROMPT = """\
 You are an agent that does the task below with the help of many tools (functions).
@@ -95,24 +100,27 @@ def items(folder: str) -> list[Item]:
 
 
 def read_item(record: dict, category: str) -> Item:
-    documents = []
-    functions = {}      # function name -> (category, tool, api), as the server knows them
     tools = []
+    functions = {}      # function name -> (category, tool, api), as the server knows them
+    tool_names = []
     for api in record["api_list"]:
         document = function_document(api)
-        documents.append(document)
+        tools.append(document)
         tool = standard_name(api["tool_name"])
-        tools.append(tool)
-        # names are cut, so a few collide: the first function gets the calls, as upstream
-        path = (api["category_name"], tool, standard_name(api["api_name"], reserved=True))
-        functions.setdefault(document["name"], path)
+        tool_names.append(tool)
+        # names are cut, so a few collide: calls then go to the last API of that name, as upstream
+        name = standard_name(api["api_name"], reserved=True)
+        category_and_tool = functions.get(document["name"], (api["category_name"], tool))[:2]
+        functions[document["name"]] = (*category_and_tool, name)
 
     # upstream describes each tool from files that do not come with the queries, or else says None
-    tool_lines = [f"{i}.{tool}: None\n" for i, tool in enumerate(dict.fromkeys(tools), 1)]
-    system = PROMPT.format(tools="".join(tool_lines), functions=[*documents, FINISH])
+    tool_lines = [f"{i}.{name}: None\n" for i, name in enumerate(dict.fromkeys(tool_names), 1)]
+    tools.append(FINISH)
+    system = PROMPT.format(tools="".join(tool_lines), functions=tools)
     messages = [Message("system", system), Message("user", f"{record['query']}\nBegin!")]
     relevant = {function_name(tool, api) for tool, api in record["relevant APIs"]}
-    reference = {"query": record["query"], "functions": functions, "relevant": sorted(relevant)}
+    reference = {"query": record["query"], "tools": tools, "functions": functions,
+                 "relevant": sorted(relevant)}
     return Item(str(record["query_id"]), category, messages, reference)
 
 
@@ -173,7 +181,7 @@ def parse_turn(output: str) -> tuple[str, list[tuple[str, dict | str]]]:
     thought, has_action, action = head.rpartition("Action:")
     if has_input and has_action:
         thought = thought.replace("Thought:", "", 1).strip()
-        return thought, [(action.strip(), parse_input(tool_input))]
+        return thought, [(action.strip(), parse_input(tool_input.strip()))]
     try:
         start = output.index("[")
         calls = []
@@ -193,7 +201,8 @@ def run_settings(options) -> dict:
 def environment(options):
     """What answers the agent's calls (see servers.py); without any option no call is answered."""
     if options.server:
-        return tool_server(options.server, os.environ.get("TOOLBENCH_KEY", ""))
+        key = os.environ.get("TOOLBENCH_KEY", "")
+        return tool_server(options.server, key, options.timeout)
     if options.cache:
         return cache_folder(options.cache)
     if options.recorded:
@@ -205,39 +214,52 @@ def run(items: list[Item], respond, options):
     """Let the agent work on all items side by side; yields (item, trace) as each one ends.
 
     respond(conversations) returns the agent's next turns: None where a conversation grew too long.
+    A trace with a call that did not reach its server is not yielded. Raises DataError at the end if
+    there was one, and at once if the server is down.
     """
-    yield from run_agent(items, respond, environment(options), options.max_steps)
+    if items and options.server:
+        check_reachable(options.server, "--server")
+    unreached = 0
+    for item, trace in run_agent(items, respond, environment(options), options.max_steps):
+        if any(step.get("fault") == "unreachable" for step in trace):
+            unreached += 1
+        else:
+            yield item, trace
+    if unreached:
+        raise DataError(f"{options.server} could not be reached in {unreached} of {len(items)} "
+                        "queries; run the same command again to ask these anew.")
 
 
-def run_agent(items: list[Item], respond, call, max_steps: int = 12):
-    """`run` in the environment `call`.
+def run_agent(items: list[Item], respond, call, max_steps: int):
+    """`run` in the environment `call`, all traces included.
 
-    max_steps counts turns. (Upstream's 12 counts thought, action and input each for one: its
-    ToolLLaMA stops after 4 turns.)
+    max_steps counts turns. Upstream's 50 count a turn's thought, action and input each for one, so
+    that its ToolLLaMA stops after 17 turns.
     """
     active = [(item, list(item.messages), []) for item in items]
-    with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-        for turn in range(max_steps + 1):
-            # those that have ended leave
-            unfinished = []
-            for item, conversation, trace in active:
-                if turn == max_steps or not conversation or finished(trace):
-                    yield item, trace
-                else:
-                    unfinished.append((item, conversation, trace))
-            active = unfinished
-            if not active:
-                return
+    run_turn_here = functools.partial(run_turn, call=call)
+    for turn in range(max_steps + 1):
+        # those that have ended leave
+        unfinished = []
+        for item, conversation, trace in active:
+            if turn == max_steps or not conversation or finished(trace):
+                yield item, trace
+            else:
+                unfinished.append((item, conversation, trace))
+        active = unfinished
+        if not active:
+            return
 
-            # the others take a turn
-            outputs = respond([conversation for _, conversation, _ in active])
-            asked = [item for item, _, _ in active]
-            turns = pool.map(run_turn, asked, outputs, itertools.repeat(call))
-            for entry, output, steps in zip(active, outputs, turns, strict=True):
-                _, conversation, trace = entry
-                trace += steps
-                conversation.append(Message("assistant", (output or "").strip("\n")))
-                conversation += [Message("tool", step["observation"]) for step in steps]
+        # the others take a turn, and their calls are made side by side
+        outputs = respond([conversation for _, conversation, _ in active])
+        turns = map_in_threads(run_turn_here, [item for item, _, _ in active], outputs)
+        for entry, output, steps in zip(active, outputs, turns, strict=True):
+            _, conversation, trace = entry
+            if trace and "stopped" in steps[-1]:
+                steps[-1]["stopped"] = "the conversation grew too long"
+            trace += steps
+            conversation.append(Message("assistant", (output or "").strip("\n")))
+            conversation += [Message("tool", step["observation"]) for step in steps]
 
 
 def finished(trace: list[dict]) -> bool:
@@ -248,7 +270,7 @@ def run_turn(item: Item, output: str | None, call) -> list[dict]:
     """The steps of one turn, one per call, each with what the agent observes."""
     if output is None:
         return [{"thought": "", "action": "", "input": "", "observation": "",
-                 "stopped": "the conversation grew too long"}]
+                 "stopped": TOO_LONG}]
     thought, calls = parse_turn(output)
     functions = item.reference["functions"]
     steps = []
@@ -259,8 +281,9 @@ def run_turn(item: Item, output: str | None, call) -> list[dict]:
         if action == "Finish":
             kind, problem = final_answer([step])
             response = {"error": "" if kind else problem, "response": ""}
-        elif action in functions:
-            response = call(*functions[action], tool_input)
+        elif find_function(functions, action):
+            path = functions[find_function(functions, action)]
+            response = call(*path, tool_input)
             step |= {key: response[key] for key in ("source", "fault") if key in response}
         else:
             response = {"error": f"No such function name: {action}", "response": ""}
@@ -278,53 +301,62 @@ def observation(response: dict) -> str:
 # --------------------------------------------------------------------------------------------------
 # Judging
 
-def read_predictions(path: str) -> dict[str, list[dict]]:
-    """{item id: trace} of {"id", "trace": [{"action", "input", "observation"}, ...]} lines.
-
-    {"id", "output": "the final answer"} will do where the steps are unknown. A later line with the
-    same id replaces an earlier one.
-    """
-    traces = {}
-    for where, record in read_records(path):
-        try:
-            if "trace" in record:
-                steps = record["trace"]
-            else:
-                answer = {"return_type": "give_answer", "final_answer": record["output"] or ""}
-                steps = [{"action": "Finish", "input": answer}]
-            trace = []
-            for step in steps:
-                tool_input = parse_input(as_json(step["input"]))
-                trace.append(step | {"action": step["action"].strip(), "input": tool_input})
-            traces[str(record["id"])] = trace
-        except (KeyError, TypeError, AttributeError):
-            raise DataError(
-                f'{where}: expected {{"id", "trace": [{{"action": "...", "input": ...}}]}} '
-                'or {"id", "output": "..."}.') from None
-    return traces
-
-
-def judge_outputs(items: list[Item], traces: dict[str, list[dict]], options) -> list[dict]:
-    """A verdict on every asked item, and with --against whether it wins over the other's trace."""
+def check_options(options) -> None:
+    """Raise DataError for options that would otherwise fail only after the agent's work."""
     if bool(options.judge_url) != bool(options.judge_model):
         raise DataError("a judge needs both --judge-url and --judge-model.")
     if options.against and not options.judge_url:
         raise DataError("--against needs a judge: give --judge-url and --judge-model.")
+    if bool(options.server) + bool(options.cache) + bool(options.recorded) > 1:
+        raise DataError("--server, --cache and --recorded exclude each other; give one of them.")
+    environment(options)
+    if options.against:
+        read_predictions(options.against)
+    if options.judge_url:
+        check_reachable(options.judge_url, "--judge-url")
+
+
+def judge_outputs(items: list[Item], traces: dict[str, list[dict]], options) -> list[dict]:
+    """A verdict on every asked item, and with --against whether it wins over the other's trace.
+
+    Also saves the traces for upstream's evaluator, in OUT/tooleval. Raises DataError if none of the
+    agent's calls was answered, or if the judge gave no verdict.
+    """
+    check_answered(items, traces)
+    if options.out:
+        save_converted(items, traces, options.out)
     ask = None
     if options.judge_url:
         key = os.environ.get("OPENAI_API_KEY", "")
-        ask = judge_endpoint(options.judge_url, options.judge_model, key)
+        ask = judge_endpoint(options.judge_url, options.judge_model, key, options.timeout)
     other_traces = read_predictions(options.against) if options.against else {}
+    if options.against and not any(item.id in other_traces for item in items):
+        raise DataError(f"--against {options.against} matches no query: its {len(other_traces)} "
+                        f"ids are like {next(iter(other_traces), None)!r}, the benchmark's like "
+                        f"{items[0].id!r}.")
 
     def verdict(item: Item) -> dict:
-        trace = traces.get(item.id, [])
-        ours = judge(item, trace, ask)
+        ours = judge(item, traces.get(item.id, []), ask, options.judge_times)
         if not options.against:
             return ours
-        other_trace = other_traces.get(item.id, [])
-        theirs = judge(item, other_trace, ask)
-        return ours | compare(item, (ours, trace), (theirs, other_trace), ask)
+        theirs = judge(item, other_traces.get(item.id, []), ask, options.judge_times)
+        return ours | compare(item, ours, theirs, ask, options.judge_times)
 
-    with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-        verdicts = pool.map(verdict, items)
-        return list(tqdm(verdicts, "judge", len(items), unit="query", disable=not ask))
+    verdicts = map_in_threads(verdict, items)
+    verdicts = list(tqdm(verdicts, "judge", len(items), unit="query", disable=not ask))
+    check_verdicts(verdicts)
+    return verdicts
+
+
+def check_answered(items: list[Item], traces: dict[str, list[dict]]) -> None:
+    """Raise DataError if the environment answered none of the calls: no figure can come of that."""
+    sources = 0
+    faults = Counter()
+    for item in items:
+        for step in traces.get(item.id, []):
+            sources += "source" in step
+            faults[str(step.get("fault", ""))] += "fault" in step
+    failed = sum(faults.values())
+    if failed >= DOWN_AFTER and not sources:
+        raise DataError(f"none of {failed} calls was answered ({format_counts(+faults)}); correct "
+                        "--server, and run again with another --out.")

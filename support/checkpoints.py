@@ -1,13 +1,13 @@
-"""Training checkpoints that outlive a kill, a full disk and another number of ranks.
+"""The trained model, and checkpoints that outlive a kill, a full disk, another number of ranks.
 
 OUT/checkpoints/step-00000500 holds torch.distributed.checkpoint's files and state.json. Each rank
 writes its own shard, and any number of ranks can read it. A directory of that name is always
 complete: it is written under a temporary name and renamed.
 """
+import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -17,8 +17,17 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from support.cli import DataError
-from support.distributed import barrier, rank_and_world
-from support.files import replacing, write_json
+from support.distributed import not_finite, on_rank_0, rank_and_world
+from support.files import (
+    damaged_file,
+    make_folder,
+    remove_folder,
+    replacing,
+    write_checksums,
+    write_json,
+    writing,
+)
+from support.templates import copy_tokenizer
 
 # repeated at every checkpoint of a single process
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -58,27 +67,99 @@ def save_checkpoint(out: str, step: int, model, optimizer, settings: dict, keep:
     root = os.path.join(out, "checkpoints")
     path = os.path.join(root, f"step-{step:08}")
     temporary = path + ".tmp"
-    rank, _ = rank_and_world()
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)    # left by a run killed while writing
-    barrier()
+
+    def finish():
+        write_json(os.path.join(temporary, "state.json"), {"step": step, "run": settings})
+        write_checksums(temporary)
+        os.rename(temporary, path)
+        for old in complete_checkpoints(root)[:-keep]:
+            with contextlib.suppress(DataError):    # another's
+                remove_folder(os.path.join(root, old))
+
     try:
+        on_rank_0(begin_folder, temporary)
         dcp.save(training_state(model, optimizer), checkpoint_id=temporary)
-        if rank == 0:
-            names = sorted(os.listdir(temporary))
-            sizes = {name: os.path.getsize(os.path.join(temporary, name)) for name in names}
-            write_json(os.path.join(temporary, "state.json"),
-                       {"step": step, "run": settings, "files": sizes})
-            os.rename(temporary, path)
-            for old in complete_checkpoints(root)[:-keep]:
-                shutil.rmtree(os.path.join(root, old))
-    except (dcp.api.CheckpointException, OSError, RuntimeError) as e:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+        on_rank_0(finish)
+    except (dcp.api.CheckpointException, DataError, OSError, RuntimeError) as e:
+        give_up_folder(temporary)
         raise DataError(
             f"the checkpoint of step {step} could not be written ({root_cause(e)}); "
             f"the ones before it in {root} are as they were. "
             "Make room, then go on with --resume.") from None
+
+
+def begin_folder(temporary: str) -> None:
+    remove_folder(temporary)                        # left by a run killed while writing
+    make_folder(temporary, "train.py")
+
+
+def give_up_folder(temporary: str) -> None:
+    if rank_and_world()[0] == 0:
+        with contextlib.suppress(DataError):
+            remove_folder(temporary)
+
+
+def stored_dtype(model) -> torch.dtype | None:
+    """The dtype of the base's own files."""
+    stored = model.config.extra                         # transformers 5 says dtype, 4 torch_dtype
+    return getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")), None)
+
+
+def check_weights(model) -> None:
+    """Raise DataError for weights that are not finite as they are to be stored."""
+    for name in not_finite(model, stored_dtype(model)):
+        raise DataError(f"after the last step {name} is not finite; lower --lr. "
+                        "The checkpoints made before are as they were.")
+
+
+def save_model(model, tokenizer: str, path: str) -> None:
+    """Write a Hugging Face directory in the dtype of the base's own files.
+
+    tokenizer: the directory to copy it from. Raises DataError, on all ranks, where the model cannot
+    be written or is not finite; nothing is left of it then.
+    """
+    check_weights(model)
+    temporary = path + ".tmp"
+    failure = None
+
+    def finish():
+        if failure:
+            raise DataError(failure)
+        with writing(path):
+            copy_tokenizer(tokenizer, temporary)
+            remove_folder(path)
+            os.rename(temporary, path)
+
+    try:
+        on_rank_0(begin_folder, temporary)
+        try:
+            model.save_pretrained(temporary, stored_dtype(model))
+        except (OSError, ValueError) as e:              # on rank 0; ValueError: CheckpointError
+            failure = f"{path}: {e}"
+        on_rank_0(finish)
+    except DataError:
+        give_up_folder(temporary)
+        raise
+
+
+def save_last(out: str, step: int, model, optimizer, settings: dict, keep: int, tokenizer) -> None:
+    """Save OUT/model or, where there is no room for it, a checkpoint of the last step.
+
+    Raises DataError then.
+    """
+    check_weights(model)
+    try:
+        save_model(model, tokenizer, os.path.join(out, "model"))
+        return
+    except DataError as e:
+        failure = str(e)
+    if f"step-{step:08}" not in complete_checkpoints(os.path.join(out, "checkpoints")):
+        try:
+            save_checkpoint(out, step, model, optimizer, settings, keep)
+        except DataError as e:
+            raise DataError(f"{failure} And {e}") from None
+    raise DataError(f"{failure} Nothing is lost: {out}/checkpoints keeps step {step}. Make room, "
+                    "then go on with --resume.")
 
 
 def load_checkpoint(out: str, model, optimizer, settings: dict) -> int:
@@ -95,7 +176,11 @@ def load_checkpoint(out: str, model, optimizer, settings: dict) -> int:
         return 0
     path = os.path.join(root, names[-1])
     try:
-        saved = read_state(path)
+        damaged = on_rank_0(damaged_file, path)
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
+        with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
+            saved = json.load(file)
         keys = settings.keys() | saved["run"].keys()
         differing = sorted(key for key in keys if settings.get(key) != saved["run"].get(key))
         if differing:
@@ -106,7 +191,8 @@ def load_checkpoint(out: str, model, optimizer, settings: dict) -> int:
         dcp.load(state, checkpoint_id=path)
     except DataError:
         raise
-    except Exception as e:                              # a damaged file can raise almost anything
+    # damaged files raise almost anything, and this one is no Exception
+    except (Exception, dcp.api.CheckpointException) as e:
         previous = names[-2] if len(names) > 1 else "the beginning"
         raise DataError(f"{path} cannot be read ({root_cause(e)}); "
                         f"remove it, and --resume goes on from {previous}.") from None
@@ -114,19 +200,6 @@ def load_checkpoint(out: str, model, optimizer, settings: dict) -> int:
     if rank == 0:
         print(f"resumed from {path}")
     return saved["step"]
-
-
-def read_state(path: str) -> dict:
-    """A checkpoint's state.json. Raises OSError where it is broken or another file is too short."""
-    with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
-        try:
-            saved = json.load(file)
-        except ValueError as e:
-            raise OSError(f"state.json is not JSON: {e}") from None
-    for name, size in saved["files"].items():
-        if os.path.getsize(os.path.join(path, name)) != size:
-            raise OSError(f"{name} is cut short")
-    return saved
 
 
 def root_cause(error: BaseException) -> str:
@@ -147,21 +220,36 @@ def root_cause(error: BaseException) -> str:
 def open_metrics(path: str, steps: int):
     """The metrics of the first `steps` steps, and the file open for appending the next ones.
 
-    Later lines belong to steps that no checkpoint has kept; they are removed.
+    Later lines belong to steps that no checkpoint has kept; they are removed. Without a file the
+    earlier metrics are lost, and that is all. Raises DataError where it does not hold the steps.
     """
     metrics = []
-    if steps:
-        with open(path, encoding="utf-8") as file:
-            metrics = [json.loads(line) for line, _ in zip(file, range(steps), strict=False)]
+    if steps and os.path.exists(path):
+        try:
+            with open(path, encoding="utf-8") as file:
+                metrics = [json.loads(line) for line, _ in zip(file, range(steps), strict=False)]
+            if [row["step"] for row in metrics] != list(range(1, steps + 1)):
+                raise ValueError("a step is missing")
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+            raise DataError(f"{path} does not hold the metrics of the first {steps} steps ({e}); "
+                            "put it back, or move it away to go on without them.") from None
     with replacing(path) as file:
         file.writelines(json.dumps(m) + "\n" for m in metrics)
     return metrics, open(path, "a", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------
-# Told to stop: by SIGTERM, which schedulers send before they take the machine away, or by Ctrl-C
+# Told to stop: by SIGTERM, which schedulers send before they take the machine away, by SIGHUP, when
+# the terminal is closed, or by Ctrl-C
 
 told_to_stop = threading.Event()
+
+
+def on_stop(handler, *signals) -> None:
+    """Have SIGTERM, SIGHUP and other signals handled, but for those ignored, as under nohup."""
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM), *signals):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def stop_after_this_step(number, _) -> None:

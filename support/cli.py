@@ -1,7 +1,11 @@
 """What the scripts share: options from a dataclass, and one clear sentence for bad input."""
 import argparse
+import contextlib
+import io
 import os
+import signal
 import sys
+import time
 from dataclasses import field, fields
 
 
@@ -9,9 +13,9 @@ class DataError(ValueError):
     """Input that cannot be used as it is; the message names the file, the record and the remedy."""
 
 
-def option(default, help: str, low=0, **argparse_arguments):
-    """A dataclass field that is also a command-line flag; a number must be at least `low`."""
-    metadata = {"help": help, "low": low, **argparse_arguments}
+def option(default, help: str, low=0, high=2**32, **argparse_arguments):
+    """A dataclass field that is also a command-line flag; a number must be in [low, high]."""
+    metadata = {"help": help, "range": (low, high), **argparse_arguments}
     return field(default_factory=lambda: default, metadata=metadata)
 
 
@@ -23,11 +27,11 @@ def parse_options(cls, description: str, argv=None):
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    lowest = {}
+    ranges = {}
     for f in fields(cls):
         default = f.default_factory()
         arguments = dict(f.metadata)
-        lowest[f.name] = arguments.pop("low")
+        ranges[f.name] = arguments.pop("range")
         text = arguments.pop("help")
         if default is not None and default is not False and default not in ("", []):
             text += f" (default: {default})"
@@ -40,12 +44,24 @@ def parse_options(cls, description: str, argv=None):
         flag = "--" + f.name.replace("_", "-")
         name = f.name if arguments.pop("positional", False) else flag
         parser.add_argument(name, default=default, help=text.replace("%", "%%"), **arguments)
-    values = vars(parser.parse_args(argv))
-    for name, value in values.items():
-        if isinstance(value, (int, float)) and not value >= lowest[name]:      # NaN is not, either
-            flag = "--" + name.replace("_", "-")
-            parser.error(f"{flag} must be at least {lowest[name]}, not {value}")
+    with contextlib.nullcontext() if is_first_rank() else contextlib.redirect_stderr(io.StringIO()):
+        values = vars(parser.parse_args(argv))
+        for name, value in values.items():
+            low, high = ranges[name]
+            if isinstance(value, (int, float)) and not low <= value <= high:        # NaN is neither
+                bound = f"at most {high}" if value > high else f"at least {low}"
+                flag = "--" + name.replace("_", "-")
+                parser.error(f"{flag} must be {bound}, not {value}")
     return cls(**values)
+
+
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def printable(text: str) -> str:
+    """Text that may go to a terminal: escape sequences and what shows nothing are spelled out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def run_script(main, *expected: type[Exception]) -> None:
@@ -54,11 +70,29 @@ def run_script(main, *expected: type[Exception]) -> None:
     Expected are DataError, the operating system's errors, and those given.
     """
     script = os.path.basename(sys.argv[0])
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")   # for characters that a terminal lacks
     try:
         main()
     except (DataError, OSError, *expected) as e:
-        print(f"{script}: {e}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        leave(f"{script}: {e}", 2)
+    except RuntimeError as e:
+        if is_first_rank() or "onnection" not in str(e):
+            raise
+        leave(f"{script}: rank 0 has left ({e})", 2)
     except KeyboardInterrupt:
-        print(f"{script}: stopped", file=sys.stderr)
-        sys.exit(130)
+        leave(f"{script}: stopped", 130)
+
+
+def leave(sentence: str, code: int) -> None:
+    """Exit with one sentence, which rank 0 says for all ranks.
+
+    Another rank says it if it is still there a little later: rank 0 has not failed then.
+    """
+    if not is_first_rank():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)   # torchrun's, once rank 0 has left
+        time.sleep(3)
+    print(printable(sentence), file=sys.stderr, flush=True)
+    sys.exit(code)

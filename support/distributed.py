@@ -17,14 +17,26 @@ from support.cli import DataError
 
 def init_distributed() -> torch.device:
     """Set this process up, torch.distributed too if torchrun started it; returns its device."""
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    world = os.environ.get("WORLD_SIZE", "1")
+    if missing and (world != "1" or "RANK" in os.environ):
+        there = [name for name in needed[:2] if name in os.environ]
+        raise DataError(f"{' and '.join(there)} in the environment, but no {' or '.join(missing)}: "
+                        "start several processes with torchrun, or unset them for a single one.")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     else:
         tune_malloc()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world != "1":
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as e:
+            settings = ", ".join(f"{name}={os.environ[name]}" for name in needed)
+            raise DataError(f"the processes found no way to each other ({e}); "
+                            f"the environment has {settings}.") from None
         atexit.register(dist.destroy_process_group)
     return device
 
@@ -38,6 +50,23 @@ def barrier() -> None:
     """Wait until every rank has come here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def on_rank_0(action, *arguments):
+    """Call action(*arguments) on rank 0; all ranks return its result or raise its DataError."""
+    result, failure = None, None
+    if rank_and_world()[0] == 0:
+        try:
+            result = action(*arguments)
+        except (DataError, OSError) as e:
+            failure = str(e)
+    shared = [result, failure]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared)
+    result, failure = shared
+    if failure is not None:
+        raise DataError(failure)
+    return result
 
 
 def sum_over_ranks(*tensors: torch.Tensor) -> None:
@@ -132,6 +161,24 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scale the gradients down to a global norm of `max_norm`; returns the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return (norm.full_tensor() if is_sharded(norm) else norm).item()
+
+
+@torch.no_grad()
+def not_finite(model: nn.Module, dtype=None) -> list[str]:
+    """The names of the parameters with NaN, infinity, or a number too large for `dtype`.
+
+    dtype: by default their own. All ranks must call this.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    bad = torch.zeros(len(names), device=model.head.device)
+    for i, p in enumerate(model.parameters()):
+        local = p.to_local() if is_sharded(p) else p
+        if local.numel():
+            low, high = local.aminmax()
+            limit = torch.finfo(dtype or p.dtype).max
+            bad[i] = ~((low >= -limit) & (high <= limit))
+    sum_over_ranks(bad)
+    return [names[int(i)] for i in bad.nonzero()]
 
 
 def mixed_precision(device: torch.device):

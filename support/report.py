@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from support.figures import curves_svg, histogram_svg, mean_interval
+from support.figures import curves_svg, histogram_svg, line_plot, mean_interval
 from support.files import replacing
 
 STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
@@ -188,12 +188,35 @@ def labels_body(
     )
 
 
+def held_out_html(histories: dict[str, dict[int, dict]], command: str = "") -> str:
+    """Held-out success and losses over training: {name: {step: summary of the toy}}."""
+    series = {"Success": {}, "Reasoning tokens": {}, "Boilerplate tokens": {}}
+    for name, history in histories.items():
+        held_out = [summary["losses"]["held_out"] for summary in history.values()]
+        success = [summary["success"]["held_out"] for summary in history.values()]
+        series["Success"][name] = (list(history), success)
+        for group in ("reasoning", "boilerplate"):
+            losses = [losses[group]["loss"] for losses in held_out]
+            series[f"{group.capitalize()} tokens"][name] = (list(history), losses)
+    panels = ""
+    for title, lines in series.items():
+        label = "share of right calls" if title == "Success" else "loss (nats)"
+        panels += line_plot(title, "step", label, lines)
+    caption = (
+        "Held-out tasks have other tools, arguments, values and wordings: the words of a right "
+        "call can only be copied from the request."
+    )
+    panels = f'<div class="panels">\n{panels}</div>\n'
+    return f"<h2>Held-out tasks over training</h2>\n{figure_html(panels, caption, command)}"
+
+
 def report_html(
-    runs: dict[str, list[dict]], summaries: dict[str, dict], command: str = "",
+    runs: dict[str, list[dict]], summaries: dict[str, dict], histories=None, command: str = "",
 ) -> str:
     """The comparison: training curves of {name: metrics} by group of tokens, and the table.
 
-    `command` is what made them.
+    histories: {name: {step: summary}}, where models were evaluated over training. `command` is what
+    made them.
     """
     panels = []
     for group in ("reasoning", "boilerplate"):
@@ -209,6 +232,7 @@ def report_html(
         "tasks have other tools, arguments, values and wordings."
     )
     return (
+        f"{held_out_html(histories, command) if histories else ''}"
         f"<h2>Training curves</h2>\n{figure_html(panels, curves_caption, command)}"
         "<h2>Losses and success: held-in / held-out</h2>\n"
         f"{figure_html(table_html(comparison_rows(summaries)), table_caption, command)}"

@@ -1,9 +1,13 @@
 """What the tests of StableToolBench share: queries, scripted agents, and servers on loopback."""
 import contextlib
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
+HANG_UP = object()                      # as a server's reply: it closes the connection
+UNREACHABLE = "http://127.0.0.1:9"      # nobody listens at the port of `discard`
 LIST = "list_soups_for_soup_finder"
 PRICE = "price_for_soup_finder"
 
@@ -60,9 +64,24 @@ def always_ok(*call):
     return {"error": "", "response": "ok", "source": "test"}
 
 
+def options(**given):
+    """Those of eval.py's options that StableToolBench reads."""
+    defaults = {"server": None, "cache": None, "recorded": None, "max_steps": 17, "timeout": 5.0,
+                "judge_url": None, "judge_model": None, "judge_times": 1, "against": None,
+                "out": ""}
+    return SimpleNamespace(**defaults | given)
+
+
 def chat(text):
     """The reply of an OpenAI-compatible endpoint."""
     return {"choices": [{"message": {"role": "assistant", "content": text}}]}
+
+
+def chat_call(**arguments):
+    """The same, where the model calls a function."""
+    call = {"type": "function", "function": {"name": "f", "arguments": json.dumps(arguments)}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    return {"choices": [{"message": message}]}
 
 
 @contextlib.contextmanager
@@ -70,7 +89,7 @@ def local_servers():
     """Gives start(answer), which starts a server on loopback and returns its address.
 
     answer(path, body, headers) returns the JSON to send, (status, text), an address to redirect to,
-    or None to fall silent. All of them are stopped at the end.
+    None to fall silent for two seconds, or HANG_UP. All of them are stopped at the end.
     """
     servers = []
     stopped = threading.Event()
@@ -98,6 +117,8 @@ def make_handler(answer, stopped):
             reply = answer(self.path, body, self.headers)
             if reply is None:
                 stopped.wait(2)
+            elif reply is HANG_UP:
+                self.close_connection = True
             elif isinstance(reply, str):
                 self.send_response(302)
                 self.send_header("Location", reply)
@@ -114,3 +135,32 @@ def make_handler(answer, stopped):
             pass
 
     return Handler
+
+
+@contextlib.contextmanager
+def dripping_server(data, pause=0.05, longest=3.0):
+    """The address of a server that sends these bytes one at a time, for some seconds at most."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    stopped = threading.Event()
+
+    def drip(connection):
+        with contextlib.suppress(OSError), connection:
+            connection.recv(65536)
+            for i in range(int(longest / pause)):
+                if stopped.wait(pause):
+                    return
+                connection.sendall(data[i:i + 1] or b" ")
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=drip, args=[connection], daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        stopped.set()
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()

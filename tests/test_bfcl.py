@@ -1,4 +1,4 @@
-"""BFCL: one call, several or none, what a folder and an output may hold, the summary."""
+"""BFCL: one call, several or none, hostile outputs, the summary, the real data."""
 import json
 import os
 import subprocess
@@ -8,7 +8,6 @@ import pytest
 
 from benchmarks import bfcl
 from benchmarks.bfcl_calls import decode
-from support.cli import DataError
 
 BOOK = {"name": "hotel.book", "description": "Book.", "parameters": {
     "type": "dict", "required": ["city", "nights"], "properties": {
@@ -191,7 +190,7 @@ def test_java_item(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------
-# Whatever a model writes, a folder holds or a run leaves out
+# Whatever a model writes; the summary
 
 HOSTILE_TYPES = (
     ("simple_python", "integer"), ("simple_python", "float"),
@@ -223,36 +222,6 @@ def test_faults_are_named(tmp_path):
     assert bfcl.summary([row])["data_faults"] == {"simple_python_0": verdict["fault"]}
     sound = write(tmp_path, "multiple", [FIND], [{"find": {"q": ["a"]}}])
     assert "fault" not in bfcl.judge(sound, "")
-
-
-def test_items(tmp_path):
-    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
-    record = {"id": "x", "question": [turns], "function": [FIND]}
-    (tmp_path / "BFCL_v4_live_irrelevance.json").write_text(json.dumps(record))
-    (tmp_path / "BFCL_v4_multi_turn_base.json").write_text("not read")
-    item, = bfcl.items(str(tmp_path))
-    assert [m.role for m in item.messages] == ["system", "user"]
-    assert item.category == "live_irrelevance"
-    system = item.messages[0].text
-    assert '"name": "find"' in system and system.endswith("Be brief.")
-    assert '"parameters": {"q": {"type": "' in system               # flat, as in APIGen's data
-
-
-@pytest.mark.parametrize("file, text, said", [
-    ("BFCL_v4_multiple.json", None, "holds no BFCL_v4_"),
-    ("BFCL_v4_multiple.json", '{"id": 1}', "BFCL_v4_multiple.json, line 1"),
-    ("BFCL_v4_multiple.json", "{oops", "line 1: not JSON"),
-    ("possible_answer/BFCL_v4_multiple.json", None, "possible_answer"),
-    ("possible_answer/BFCL_v4_multiple.json", "{oops", "line 1: not JSON"),
-    ("possible_answer/BFCL_v4_multiple.json", "", "no answer to multiple_0")])
-def test_bad_folder(tmp_path, file, text, said):
-    write(tmp_path, "multiple", [FIND], [{"find": {"q": ["a"]}}])
-    if text is None:
-        (tmp_path / file).unlink()
-    else:
-        (tmp_path / file).write_text(text)
-    with pytest.raises(DataError, match=said):
-        bfcl.items(str(tmp_path))
 
 
 def verdicts_of(category, right, count):

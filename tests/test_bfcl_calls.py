@@ -1,8 +1,13 @@
 """Reading calls and their values from text, without evaluating: Python, Java and JavaScript."""
+import contextlib
+import itertools
+import re
+import time
+
 import pytest
 
-from benchmarks.bfcl_calls import python_calls, script_call
-from benchmarks.bfcl_values import java_value, javascript_value
+from benchmarks.bfcl_calls import LONGEST, decode, python_calls, script_call
+from benchmarks.bfcl_values import java_value, javascript_value, put_calls
 
 FAILS = object()
 
@@ -96,3 +101,70 @@ def test_no_call_of_either_language(language, text):
 def test_call_of_the_other_language(language, text):
     with pytest.raises(ValueError):
         script_call(text, language)
+
+
+# -------------------------------------------------------------------------------------------------
+# Bounded time on whatever a model writes
+
+def longest(head, unit, tail=""):
+    """A text of the greatest length that is read, most of it a repeated unit."""
+    room = LONGEST - len(head) - len(tail)
+    return head + unit * (room // len(unit)) + tail
+
+
+def seconds(function, *arguments):
+    start = time.process_time()
+    with contextlib.suppress(Exception):
+        function(*arguments)
+    return time.process_time() - start
+
+
+# On the longest text these would take up to a minute if patterns went back and forth in it. The
+# bounds are a hundred times what an idle machine takes.
+@pytest.mark.parametrize("head, unit, tail", [
+    ("", "new HashMap<>(){", ""), ("", "new HashMap<>() {{", "x"), ("new HashMap<", ">() ", "x"),
+    ("new HashMap<>(){{", 'put("",', "}}"), ("new HashMap<>(){{", 'put("', "}}"),
+    ("new HashMap<>(){{", 'put("a", ', "}}"), ("new HashMap<>(){{", 'put("",', "\n)}}")])
+def test_long_java_map(head, unit, tail):
+    assert seconds(java_value, longest(head, unit, tail), "HashMap") < 1
+
+
+@pytest.mark.parametrize("head, unit, tail", [
+    ("new ArrayList<>(){{", "add(", "}}"), ("", "new ArrayList<>() {{", ""),
+    ("", "new ArrayList<>(Arrays.asList(", ")"), ("new ArrayList<>(){{", "add(1", "}}")])
+def test_long_java_list(head, unit, tail):
+    assert seconds(java_value, longest(head, unit, tail), "ArrayList", "String") < 1
+
+
+@pytest.mark.parametrize("head, unit, tail", [
+    ("{", "a", "}"), ("{", ", ", "}"), ("{a:1,", " ", "}"), ("{", "a:1, ", "}"), ("{", "a:,", "}")])
+def test_long_javascript_object(head, unit, tail):
+    assert seconds(javascript_value, longest(head, unit, tail), "dict") < 1
+
+
+@pytest.mark.parametrize("language", ["python", "java", "javascript"])
+@pytest.mark.parametrize("head, unit, tail", [
+    ("", "\t", "1(x=1)"), ("js", "\n", "1(x=1)"), ("js\n", "\t", "1(x=1)"), ("", "a.", "(x=1)"),
+    ("f(x=", "/*", ")"), ("f(x=", "new a<", ")"), ("f(x=255**512", "*255**512", ")")])
+def test_long_call(head, unit, tail, language):
+    assert seconds(decode, longest(head, unit, tail), language) < 1
+
+
+def test_patterns_in_two_steps_match_as_one():
+    one_step = re.compile(r'put\("(.*?)",\s*(.*?)\)')
+    for pieces in itertools.product(['put("', '",', '"', ")", "\n", " ", "a"], repeat=5):
+        body = "".join(pieces)
+        assert put_calls(body) == one_step.findall(body)
+
+    one_step = re.compile(r"new\s+HashMap<.*?>\s*\(\)\s*\{\s*\{?([^}]*)\}", re.S)
+    for pieces in itertools.product([">", "()", " ", "{", "}", 'put("a",1)'], repeat=5):
+        text = "new HashMap<>()" + "".join(pieces)
+        match = one_step.search(text)
+        expected = match and dict.fromkeys(re.findall("a", match[1]), 1)
+        assert java_value(text, "HashMap") == (expected or {})
+
+    one_step = re.compile(r"([^:]+):\s*(.*?)(?:,\s*(?=[^,]+:)|$)")
+    for pieces in itertools.product("ab:, ", repeat=6):
+        content = "".join(pieces)
+        expected = {key.strip(): value.strip() for key, value in one_step.findall(content)}
+        assert javascript_value("{" + content + "}", "dict") == expected

@@ -233,7 +233,16 @@ def test_broken_predictions_are_refused(monkeypatch, tmp_path, text, sentence):
     assert "p.jsonl" in str(e.value)
 
 
+def test_a_benchmark_with_an_id_twice_is_refused(monkeypatch):
+    items = toy.items(2, 1)
+    items[1].id = items[0].id
+    monkeypatch.setattr(toy, "items", lambda *_: items)
+    with pytest.raises(DataError, match="2 items with the id 'toy-in-1-0'"):
+        main(monkeypatch, "toy", "--predictions", os.devnull)
+
+
 @pytest.mark.parametrize("arguments, sentence", [
+    (["--data", "a", "b", "--predictions", os.devnull], "takes one --data folder, not 2"),
     (["--categories", "held_in", "held_on", "--predictions", os.devnull],
      "held_on: .* held_in, held_out"),
     ([], "needs --model and --out")])
@@ -326,11 +335,12 @@ def test_a_benchmark_is_asked_once_and_judged_again(monkeypatch, chatml, tmp_pat
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_benchmark_judges_predictions(monkeypatch, tmp_path, name, folder):
-    def judge(prompt, choices):
+    def judge(question, **fields):
         return "Solved", "it does"
 
     _, item, right = FOLDERS[name]
     monkeypatch.setattr(stabletoolbench, "judge_endpoint", lambda *_: judge)
+    monkeypatch.setattr(stabletoolbench, "check_reachable", lambda *_: None)
     arguments = [name, "--predictions", write_predictions(tmp_path / "p.jsonl", {item: right})]
     if name == "stabletoolbench":
         arguments += ["--judge-url", "http://judge", "--judge-model", "m"]

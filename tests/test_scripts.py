@@ -270,6 +270,7 @@ def bad_input(work, rft):
     ("eval toy --out o", "--model"),
     ("train --model model --data data.json --epochs 0 --out o", "--epochs must be at least 1"),
     ("train --model model --data data.json --tau 0 --out o", "--tau must be at least"),
+    ("train --model model --data data.json --alpha 2 --out o", "--alpha must be at most 1"),
     ("shad --model model --data data.json --shuffle -3 --out o", "--shuffle must be at least 0"),
     ("eval toy --predictions broken.jsonl --out o", "broken.jsonl"),
     ("eval toy --predictions null.jsonl --out o", "null.jsonl"),

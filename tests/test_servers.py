@@ -5,7 +5,19 @@ import pytest
 
 from benchmarks import servers
 from benchmarks import stabletoolbench as bench
-from stable import GIVE_UP, LIST, PRICE, answered, chat, local_servers, query, say, turn
+from benchmarks.judging import BETTER, SOLVED, SOLVED_IN_DETAIL
+from stable import (
+    GIVE_UP,
+    LIST,
+    PRICE,
+    answered,
+    chat,
+    chat_call,
+    local_servers,
+    query,
+    say,
+    turn,
+)
 from support.cli import DataError
 from tiny import write
 
@@ -25,7 +37,7 @@ def serve(monkeypatch):
 
 def run(item, respond, call):
     """The trace."""
-    (_, trace), = bench.run_agent([item], respond, call)
+    (_, trace), = bench.run_agent([item], respond, call, max_steps=17)
     return trace
 
 
@@ -68,7 +80,7 @@ def test_faults_of_the_server_are_counted_and_never_fatal(
     url = "http://127.0.0.1:9"
     if reply != "gone":
         url = serve(lambda *request: seen.append(request) or reply)
-    call = servers.tool_server(url, timeout=0.1)
+    call = servers.tool_server(url, timeout=10.0 if reply else 0.1)
     trace = run(item, say(turn(LIST, "{}"), GIVE_UP), call)
     assert len(seen) == attempts and trace[0]["fault"] == fault
     assert json.loads(trace[0]["observation"]) == {"error": error, "response": ""}
@@ -140,22 +152,96 @@ def test_recorded(tmp_path, item):
             servers.recorded_file(write(tmp_path / "seen.json", bad))
 
 
+def test_what_the_server_refuses_is_not_repaired(tmp_path, item):
+    folder = tmp_path / "Food_Drink" / "soup_finder_for_Food_Drink"
+    folder.mkdir(parents=True)
+    stored = {"{'town': 'Bern'}": {"error": "", "response": "two"}}
+    write(folder / "list_soups.json", stored)
+    environments = [servers.cache_folder(str(tmp_path)),
+                    servers.recorded_file(write(tmp_path / "seen.json", {LIST: stored}))]
+    for call in environments:
+        for refused in ("{'town': 'Bern'}", '{"town": "Bern"', '{"a": 1} soup', '{"a": "\n"}'):
+            trace = run(item, say(turn(LIST, refused), GIVE_UP), call)
+            assert json.loads(trace[0]["observation"])["error"] == "Tool input parse error...\n"
+            assert bench.judge(item, trace)["valid_json"] == 0
+        trace = run(item, say(turn(LIST, '{"town": "Bern"}'), GIVE_UP), call)
+        assert trace[0]["source"] == "stored" and bench.judge(item, trace)["valid_json"] == 1
+
+
+def test_the_server_is_sent_what_is_no_json_as_it_is(item, serve):
+    posted = []
+
+    def answer(path, body, headers):
+        posted.append(body["tool_input"])
+        return {"error": "Tool input parse error...\n", "response": ""}
+
+    call = servers.tool_server(serve(answer))
+    run(item, say(turn(LIST, "{'town': 'Bern'}"), turn(LIST, '{"count": 2}'), GIVE_UP), call)
+    assert posted == ["{'town': 'Bern'}", {"count": 2}]
+
+
 # --------------------------------------------------------------------------------------------------
 # The judge's endpoint
+
+def test_the_judge_is_made_to_call_the_function_of_upstream_s_evaluator(serve):
+    asked = []
+
+    def answer(path, body, headers):
+        asked.append(body)
+        if body["tool_choice"]["function"]["name"] == "select_better_answer":
+            return chat_call(reason='not "index": 0 but', index=1.0)
+        return chat_call(answer_status="Unsure", reason='"answer_status": "Solved" is too much')
+
+    ask = servers.judge_endpoint(serve(answer) + "/v1/", "judge-1", "key")
+    status, reason = ask(SOLVED, query="Which?", answer="leek")
+    assert status == "Unsure" and "is too much" in reason
+    assert ask(SOLVED_IN_DETAIL, query="Which?", answer="leek")[0] == "Unsure"
+    assert ask(BETTER, query="Which?", answer_0="leek", answer_1="none")[0] == "1"
+    parameters = []
+    for body, name in zip(asked, ("check_answer_status", "parse_answer_status",
+                                  "select_better_answer"), strict=True):
+        assert (body["model"], body["temperature"]) == ("judge-1", 0.2)
+        assert body["tool_choice"] == {"type": "function", "function": {"name": name}}
+        tool, = body["tools"]
+        assert tool["type"] == "function" and tool["function"]["name"] == name
+        assert "Which?" in body["messages"][0]["content"]
+        assert "leek" in body["messages"][0]["content"]
+        parameters.append(tool["function"]["parameters"])
+    assert parameters[0] == parameters[1]
+    assert parameters[0]["required"] == ["answer_status", "reason"]
+    assert parameters[0]["properties"]["answer_status"] == {
+        "type": "string", "enum": ["Solved", "Unsure", "Unsolved"]}
+    assert parameters[2]["required"] == ["index", "reason"]
+    assert parameters[2]["properties"]["index"]["type"] == "number"
+
+
+@pytest.mark.parametrize("status", [400, 422, 500, 501])
+def test_a_judge_whose_endpoint_refuses_functions_may_write_the_json(serve, status):
+    def answer(path, body, headers):
+        if "tools" in body:
+            return status, "tools are not supported"
+        return chat('At first {"answer_status": "Unsolved"}, but {"answer_status": "Solved"}')
+
+    ask = servers.judge_endpoint(serve(answer), "m")
+    assert ask(SOLVED, query="Which?", answer="leek")[0] == "Solved"
+
 
 @pytest.mark.parametrize("reply, fault", [
     (None, "timeout"), ((500, ""), "http 500"), ((401, ""), "http 401"),
     ((200, "soup"), "nonsense"), (chat(None), "nonsense"), ({"choices": []}, "nonsense"),
-    (chat("Solved, I think."), "nonsense"), (chat('{"verdict": "Sol"}'), "nonsense"),
-    (chat('{"verdict": "0"}'), "nonsense")])
+    (chat("Solved, I think."), "nonsense"), (chat('{"answer_status": "Sol"}'), "nonsense"),
+    (chat('{"answer_status": "0"}'), "nonsense"), (chat_call(status="Solved"), "nonsense"),
+    (chat_call(answer_status=["Solved"]), "nonsense")])
 def test_faults_of_the_judge_are_never_success(item, serve, reply, fault):
-    ask = servers.judge_endpoint(serve(lambda *_: reply), "m", timeout=0.1)
+    url = serve(lambda *_: reply)
+    ask = servers.judge_endpoint(url, "m", timeout=10.0 if reply else 0.1)
     verdict = bench.judge(item, answered("leek"), ask)
     assert (verdict["correct"], verdict["score"], verdict["status"]) == (False, 0, "not judged")
     assert verdict["reason"] == f"the judge failed: {fault}"
     summary = bench.summary([verdict])
     assert summary["judge_errors"] == {fault: 1}
-    assert summary["pass_rate"] == 0 and summary["not judged"] == 1
+    assert "pass_rate" not in summary and summary["not judged"] == 1
+    assert (summary["pass_rate_low"], summary["pass_rate_high"]) == (0, 1)
 
 
 def test_a_redirect_does_not_take_the_key_along(item, serve):
@@ -163,7 +249,7 @@ def test_a_redirect_does_not_take_the_key_along(item, serve):
 
     def record(path, body, headers):
         seen.append(headers["Authorization"])
-        return 500, ""
+        return 503, ""
 
     elsewhere = serve(record)
     ask = servers.judge_endpoint(serve(lambda *_: elsewhere), "m", "key")

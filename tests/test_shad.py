@@ -13,7 +13,7 @@ from support.label_report import output_pieces
 from support.readers import toy_samples
 from support.templates import Renderer
 from tiny import apigen, talk, write
-from train import TOY
+from toy.reproduce import TOY
 
 
 def test_tokens_that_became_harder_to_predict_are_reasoning():

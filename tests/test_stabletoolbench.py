@@ -1,4 +1,4 @@
-"""StableToolBench: reading the queries, the agent's turns and its loop, traces from files."""
+"""StableToolBench: reading the queries, the agent's turns, and its loop."""
 import ast
 import json
 import os
@@ -6,8 +6,8 @@ import os
 import pytest
 
 from benchmarks import stabletoolbench as bench
-from benchmarks.judging import final_answer
 from benchmarks.servers import recorded_file
+from benchmarks.traces import final_answer
 from stable import (
     GIVE_UP,
     LIST,
@@ -36,17 +36,17 @@ def items(tmp_path):
     return bench.items(str(tmp_path))
 
 
-def run(items, respond, call, max_steps=12):
+def run(items, respond, call, max_steps=17):
     """{item id: trace}"""
     return {item.id: trace for item, trace in bench.run_agent(items, respond, call, max_steps)}
 
 
-def solved(prompt, choices):
+def solved(question, **fields):
     """A judge."""
     return "Solved", ""
 
 
-def unsure(prompt, choices):
+def unsure(question, **fields):
     """A judge."""
     return "Unsure", ""
 
@@ -59,6 +59,7 @@ def test_items(items, tmp_path):
         ("7", "G1_tool"), ("8", "G1_tool"), ("9", "G2_category")]
     assert items[0].reference == {
         "query": "Which soup is cheap?", "relevant": [LIST],
+        "tools": ast.literal_eval(items[0].messages[0].text.split("following APIs: ")[1]),
         "functions": {LIST: ("Food, Drink", "soup_finder", "list_soups"),
                       PRICE: ("Food, Drink", "soup_finder", "price")}}
     system, user = items[0].messages
@@ -92,14 +93,14 @@ def test_names(text, name):
     assert bench.standard_name(text, reserved=True) == reserved
 
 
-def test_function_names_are_cut_at_the_front_and_the_first_of_two_equal_ones_is_called(tmp_path):
+def test_function_names_are_cut_at_the_front_and_the_last_of_two_equal_ones_is_called(tmp_path):
     tool = "t" * 60
     write(tmp_path / "G1_tool.json", [query(apis=[api(tool, "one same"), api(tool, "two same")])])
     item, = bench.items(str(tmp_path))
     assert bench.function_name("x", "y") == "y_for_x"
     assert len(bench.function_name(tool, "one")) == 64
     assert item.reference["functions"] == {
-        f"for_{tool}"[-64:]: ("Food, Drink", tool, "one_same")}
+        f"for_{tool}"[-64:]: ("Food, Drink", tool, "two_same")}
 
 
 def test_bad_folders_and_records(tmp_path):
@@ -123,10 +124,11 @@ def test_bad_folders_and_records(tmp_path):
 
 @pytest.mark.parametrize("output, calls", [
     (turn("f", '{"a": 1}'), ("hm", [("f", {"a": 1})])),
-    ("Thought: \nAction:f\nAction Input:{'a': True}", ("", [("f", {"a": True})])),
+    ("Thought: \nAction:f\nAction Input:{'a': True}", ("", [("f", "{'a': True}")])),
+    (turn("f", '{"a": "b\nc"}'), ("hm", [("f", '{"a": "b\nc"}')])),
     (turn("f", ""), ("hm", [("f", {})])),
-    (turn("f", "not json"), ("hm", [("f", " not json")])),
-    (turn("f", "[1]"), ("hm", [("f", " [1]")])),
+    (turn("f", "not json"), ("hm", [("f", "not json")])),
+    (turn("f", "[1]"), ("hm", [("f", "[1]")])),
     ('I call: [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": "{}"}]',
      ("I call:", [("f", {"a": 1}), ("g", {})])),
     ("Here is your soup.", ("Here is your soup.", [])),
@@ -176,7 +178,10 @@ def test_no_depth_of_nesting_runs_out_of_stack(items, tmp_path):
     ("", (None, 'must have "return_type"')),
     ({"final_answer": "soup"}, (None, 'must have "return_type"')),
     ({"return_type": ["give_answer"]}, (None, 'must have "return_type"')),
+    ('{"return_type": "give_answer", "final_answer": "so\nup"}', ("give_answer", "so\nup")),
     ('{"return_type": "give_answer", "final_answer": "so\nup', ("give_answer", "so\nup")),
+    ("{'return_type': 'give_answer', 'final_answer': 'soup'}",
+     (None, 'must have "return_type"')),
     ('{"return_type": "give_up_and_restart", ', ("give_up_and_restart", ""))])
 def test_end(given, end):
     assert final_answer([{"action": LIST}, {"action": "Finish", "input": given}]) == end
@@ -243,22 +248,29 @@ def test_a_model_that_leaves_out_an_answer_is_an_error(items):
         run(items, lambda conversations: [GIVE_UP], always_ok)
 
 
-def test_traces(tmp_path, items):
-    trace = run(items[:1], say(turn(LIST, "{}"), finish("leek")), always_ok)["7"]
-    text = '{"return_type": "give_answer", "final_answer": "x"}'
-    lines = [{"id": 7, "output": "old"}, {"id": "7", "trace": trace}, {"id": 8, "output": "soup"},
-             {"id": 9, "output": None}, {"id": 10, "trace": [{"action": "Finish ", "input": text}]},
-             {"id": 11, "trace": []}]
-    file = "".join(json.dumps(line) + "\n" for line in lines)
-    traces = bench.read_predictions(write(tmp_path / "traces.jsonl", file))
-    assert traces["7"] == trace
-    assert {id: final_answer(trace)[1] for id, trace in traces.items()} == {
-        "7": "leek", "8": "soup", "9": "", "10": "x", "11": "no Finish"}
-    for bad in ({"id": 1}, {"output": "x"}, {"id": 1, "trace": [{"action": 1, "input": {}}]},
-                {"id": 1, "trace": [1]}, {"id": 1, "trace": 1}, 5):
-        file = json.dumps(lines[0]) + "\n" + json.dumps(bad)
-        with pytest.raises(DataError, match="traces.jsonl, line 2"):
-            bench.read_predictions(write(tmp_path / "traces.jsonl", file))
+def test_a_prompt_too_long_is_told_from_a_conversation_that_grew_too_long(items):
+    trace = run(items[:1], say(None), always_ok)["7"]
+    assert bench.judge(items[0], trace)["reason"] == "prompt too long for the model"
+    trace = run(items[:1], say("no call", None), always_ok)["7"]
+    assert bench.judge(items[0], trace)["reason"] == "the conversation grew too long"
+
+
+def test_an_action_calls_the_first_function_that_ends_with_it_as_upstream(tmp_path):
+    apis = [api("Soup", "advanced search"), api("Soup", "search"), api("Soup", "price")]
+    write(tmp_path / "G1_tool.json", [query(apis=apis)])
+    item, = bench.items(str(tmp_path))
+    called = []
+
+    def call(category, tool, name, tool_input):
+        called.append(name)
+        return always_ok()
+
+    actions = ["search_for_soup", "ce_for_soup", "soup", "Soup", ""]
+    steps = []
+    for action in actions:
+        steps += bench.run_turn(item, turn(action, "{}"), call)
+    assert called == ["advanced_search", "price", "advanced_search"]
+    assert bench.judge(item, steps)["valid_actions"] == 3
 
 
 # --------------------------------------------------------------------------------------------------

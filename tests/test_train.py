@@ -19,6 +19,7 @@ from shad import Labels
 from support.distributed import all_reduce_gradients, shard_model, sum_over_ranks
 from support.readers import read_record
 from support.templates import Renderer
+from test_methods import batch_loss
 from tiny import CAN_SHARD, METRICS, apigen, read_lines, relative
 from train import Options, backward, learning_rate, train
 
@@ -26,10 +27,21 @@ needs_sharding = pytest.mark.skipif(not CAN_SHARD, reason="this torch cannot sha
 SHARDED = [False, True] if CAN_SHARD else [False]
 CASES = {
     "sft": {"method": "sft"},
+    "rho1": {"method": "rho1", "keep_share": 0.3},
+    "rewardft": {"method": "rewardft"},
+    "alpha sample mean": {"method": "alpha", "scope": "sample", "alpha": 0.7},
+    "alpha batch mean": {"method": "alpha", "scope": "batch", "alpha": 0.7},
+    "regex batch sum": {"method": "regex", "scope": "batch", "reduce": "sum"},
+    "regex+rft batch mean": {"method": "regex+rft", "scope": "batch"},
     "rft sample mean": {"method": "rft", "scope": "sample", "reduce": "mean"},
     "rft sample sum": {"method": "rft", "scope": "sample", "reduce": "sum"},
     "rft batch mean": {"method": "rft", "scope": "batch", "reduce": "mean"},
-    "rft batch sum": {"method": "rft", "scope": "batch", "reduce": "sum"}}
+    "rft batch sum": {"method": "rft", "scope": "batch", "reduce": "sum"},
+    "rft sample, not detached": {"method": "rft", "scope": "sample", "detach": "no"},
+    "rft batch, not detached": {"method": "rft", "scope": "batch", "detach": "no"},
+    "rft batch sum, not detached": {
+        "method": "rft", "scope": "batch", "reduce": "sum", "detach": "no"}}
+WITHOUT_GROUPS = ("rho1", "rewardft")
 BATCHES = {"many": list(range(11)), "single": [2]}
 WHOLE = 10**6                   # micro_tokens for one micro-batch
 CUT = 500                       # micro_tokens for several
@@ -48,11 +60,19 @@ def problem(directory, sharded=False):
     return model, dataset, Labels(np.where(is_reasoning, np.float32(1), np.float32(-1)))
 
 
+def labels_of(case, dataset, labels):
+    """What the method of a case needs; labels: SHAD's, or those of regular expressions."""
+    if CASES[case]["method"] in WITHOUT_GROUPS:         # losses of a reference, or rewards
+        return np.random.default_rng(1).normal(size=dataset.output_starts[-1]).astype(np.float32)
+    return labels
+
+
 def one_batch(model, dataset, labels, case, batch, micro_tokens):
     """Everything that `train` takes from one global batch: {name: tensor}."""
     model.zero_grad()
     options = Options(model="", data=[""], out="", tau=TAU, micro_tokens=micro_tokens,
                       **CASES[case])
+    labels = labels_of(case, dataset, labels)
     results = backward(model, dataset, labels, BATCHES[batch], options)
     all_reduce_gradients(model)
     sum_over_ranks(*results.values())
@@ -104,6 +124,9 @@ def many_processes(request, chatml, tmp_path_factory):
 def assert_same(results, expected):
     assert results.keys() == expected.keys()
     for name, tensor in expected.items():
+        if not tensor.any() and name in ("L", "n", "w"):        # a method without groups
+            assert not results[name].any()
+            continue
         assert tensor.norm() > 0, name
         assert relative(results[name], tensor) < 1e-5, name
 
@@ -142,45 +165,33 @@ def test_many_processes_give_what_one_gives(one_process, many_processes, case, s
                 assert_same(results[case, batch, size], one_process[case, batch, WHOLE])
 
 
-def formula(losses, is_reasoning, reduce):
-    """L_RFT = w_b L_b + w_r L_r of one sample or one batch; a group without tokens is left out."""
-    L = []
-    for group in (losses[~is_reasoning], losses[is_reasoning]):
-        if len(group):
-            L.append(group.mean() if reduce == "mean" else group.sum())
-    L = torch.stack(L)
-    return (torch.softmax(L.detach() / TAU, 0) * L).sum()
-
-
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradient_match_the_formula(chatml, one_process, case, batch):
     """Sample by sample with plain F.cross_entropy, in float64."""
     model, dataset, labels = problem(chatml)
+    labels = labels_of(case, dataset, labels)
     model.double()
-    samples = []                            # per sample: (losses, is_reasoning) of its output
+    samples = []                            # per sample: (losses, labels) of its output
     for i in BATCHES[batch]:
         ids = torch.tensor(dataset.ids[i]).long()[None]                             # (1, T + 1)
         is_output = torch.from_numpy(dataset.is_output[i][1:])                      # (T,)
         losses = F.cross_entropy(model(ids[:, :-1])[0], ids[0, 1:], reduction="none")
         output = slice(dataset.output_starts[i], dataset.output_starts[i + 1])
         samples.append((losses[is_output], torch.from_numpy(labels[output])))
-    losses = torch.cat([losses for losses, _ in samples])
-    is_reasoning = torch.cat([is_reasoning for _, is_reasoning in samples])
-
-    settings = CASES[case]
-    if settings["method"] == "sft":
-        loss = losses.mean()
-    elif settings["scope"] == "batch":
-        loss = formula(losses, is_reasoning, settings["reduce"])
-    else:
-        loss = torch.stack([formula(*sample, settings["reduce"]) for sample in samples]).mean()
+    loss = batch_loss(samples, tau=TAU, **CASES[case])
     loss.backward()
 
     result = one_process[case, batch, WHOLE]
     assert relative(result["loss"], loss) < 1e-5
     for name, p in model.named_parameters():
         assert relative(result[name], p.grad) < 1e-5, name
+    if CASES[case]["method"] in WITHOUT_GROUPS:
+        for name in ("L", "n", "w"):
+            assert not result[name].any()
+        return
+    losses = torch.cat([losses for losses, _ in samples])
+    is_reasoning = torch.cat([is_reasoning for _, is_reasoning in samples])
     assert result["n"].tolist() == [int((~is_reasoning).sum()), int(is_reasoning.sum())]
     L = torch.stack([losses[~is_reasoning].sum(), losses[is_reasoning].sum()])
     assert relative(result["L"], L) < 1e-5

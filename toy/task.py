@@ -3,8 +3,12 @@
 A sample lists three tools, a request names one of them with its arguments, and the answer is a
 Thought / Action / Action Input turn. Records are plain: messages, the assistant's with "parts", a
 list of [text, role] that concatenates to its content.
+
+    python -m toy.task --pairs 500 > pairs.jsonl        # chosen and rejected answers, for DPO
 """
+import argparse
 import itertools
+import json
 import random
 import re
 
@@ -113,6 +117,41 @@ def toy_record(i: int, seed: int, held_out: bool, pools: dict, rng: random.Rando
         {"role": "assistant", "content": answer, "parts": parts}]}
 
 
+def toy_pairs(count: int, seed: int) -> list[dict]:
+    """`count` records {"id", "messages", "chosen", "rejected"} of held-in samples.
+
+    The rejected answer has a wrong tool or argument, another one that the prompt offers, or a wrong
+    value; all else is as chosen.
+    """
+    rng = random.Random(f"pairs {seed}")
+    values = split_pool(POOLS["value"], held_out=False)
+    pairs = []
+    for record in toy_records(count, seed):
+        *prompt, answer = record["messages"]
+        parts = answer["parts"]
+        call = parts.index(("\nAction: ", "format"))
+        places = [i for i, (_, role) in enumerate(parts) if i > call and role == "reasoning"]
+        tool = places[0]
+        arguments = places[1::2]
+
+        kind = rng.choice(("tool", "argument", "value"))
+        if kind == "tool":
+            place = tool
+            choices = re.findall(r"- (\w+)\(", prompt[0]["content"])
+        elif kind == "argument":
+            place = rng.choice(arguments)
+            choices = re.findall(r"\w+(?=[,)])", prompt[0]["content"])
+        else:
+            place = rng.choice(arguments) + 2           # after the argument and its '":"'
+            choices = values
+        said = {text for text, _ in parts}
+        wrong = [text for text, _ in parts]
+        wrong[place] = rng.choice([word for word in choices if word not in said])
+        pairs.append({"id": record["id"], "messages": prompt, "chosen": answer["content"],
+                      "rejected": "".join(wrong)})
+    return pairs
+
+
 # --------------------------------------------------------------------------------------------------
 # The tokenizer: one id per word, run of punctuation, or newline
 
@@ -147,3 +186,17 @@ def toy_tokenizer() -> Tokenizer:
         decoders.WordPiece(prefix="##", cleanup=False), decoders.Fuse(),
         *(decoders.Replace(spaced, joined) for spaced, joined in glue.items())])
     return tokenizer
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, required=True, help="how many pairs to print")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the pairs (default: 0)")
+    options = parser.parse_args()
+    for pair in toy_pairs(options.pairs, options.seed):
+        print(json.dumps(pair))
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,7 @@ from support.cli import option, parse_options, run_script
 from support.distributed import init_distributed
 from support.readers import toy_samples
 from tests.bench import measure
+from toy import reproduce
 
 
 @dataclass
@@ -44,13 +45,13 @@ def start_and_train(path: str, steps: int, out: str) -> list[str]:
     init_distributed()                          # as train.py begins
     imports = measure.memory("RssAnon")
     start = time.perf_counter()
-    dataset = Dataset.load([path], train.TOY, "auto", 2048)
+    dataset = Dataset.load([path], reproduce.TOY, "auto", 2048)
     loaded = time.perf_counter() - start
-    options = train.Options(model=train.TOY, data=[path], out=out, method="sft", steps=steps,
+    options = train.Options(model=reproduce.TOY, data=[path], out=out, method="sft", steps=steps,
                             batch_tokens=4096, checkpoint_every=0)
     epoch_batches(dataset.lengths, dataset.kept, options.batch_tokens, options.seed)
     planned = time.perf_counter() - start
-    train.train(Transformer.from_pretrained(train.TOY), dataset, None, options)
+    train.train(Transformer.from_pretrained(reproduce.TOY), dataset, None, options)
     megabytes = [measure.memory("VmHWM"), measure.memory("RssAnon"), imports]
     return [f"{len(dataset.kept):,}", f"{dataset.lengths.sum():,}", f"{loaded:.1f}",
             f"{planned:.1f}", *(f"{x:.0f}" for x in megabytes)]

@@ -18,6 +18,7 @@ from support.cli import option, parse_options, run_script
 from support.readers import toy_samples
 from support.templates import Renderer
 from tests.bench import measure
+from toy import reproduce
 
 
 @dataclass
@@ -29,8 +30,8 @@ def main():
     repeats = parse_options(Options, __doc__).repeats
 
     # one global batch, whose true roles are the labels, cut into micro-batches
-    dataset = Dataset(toy_samples(400, 0), Renderer(train.TOY))
-    model = Transformer.from_pretrained(train.TOY)
+    dataset = Dataset(toy_samples(400, 0), Renderer(reproduce.TOY))
+    model = Transformer.from_pretrained(reproduce.TOY)
     labels = dataset.true_roles()["reasoning"]                          # (output tokens,) bool
     batch = epoch_batches(dataset.lengths, dataset.kept, 8192, 0)[0]
     per_sample = train.Options(model="", data=[], out="", tau=3.0, micro_tokens=1024)

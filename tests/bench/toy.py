@@ -8,11 +8,11 @@ import statistics
 import tempfile
 from dataclasses import dataclass
 
-import train
 from model import CheckpointError
 from support.cli import option, parse_options, run_script
 from support.readers import read_object
 from tests.bench import measure
+from toy import reproduce
 
 
 @dataclass
@@ -43,7 +43,7 @@ def main():
     runs = []
     for seed in range(options.seeds):
         folder = os.path.join(out, str(seed))
-        train.reproduce(folder, seed)
+        reproduce.reproduce(folder, seed)
         runs.append(figures(read_object(os.path.join(folder, "summary.json"))))
 
     rows = []
