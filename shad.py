@@ -80,9 +80,9 @@ class Options:
     shuffle: float = option(0.01, "share of the samples to shuffle, but no fewer than 96 if there "
                                   "are as many; above 1: how many; at most nine tenths of all")
     # tune
-    epochs: int = option(1, "epochs over the shuffled samples", low=1, high=1000)
-    reshuffle: bool = option(False, "shuffle their outputs again in every epoch, so that none can "
-                                    "be learned by heart")
+    epochs: int = option(4, "epochs over the shuffled samples", low=1, high=1000)
+    reshuffle: str = option("yes", "shuffle their outputs again in every epoch, so that none can "
+                                   "be learned by heart", choices=["yes", "no"])
     lr: float = option(1e-4, "learning rate of the discriminator, falling linearly to 0")
     batch_tokens: int = option(4096, "tokens per global batch", low=1)
     micro_tokens: int = option(4096, "tokens per forward on one rank, padding included", low=1)
@@ -160,12 +160,12 @@ def derange(turns_by_sample: list[list], rng: random.Random) -> dict:
 
 
 def shuffled_datasets(dataset: Dataset, drawn, shuffled: list[Sample], options):
-    """Yield one Dataset per epoch of tuning; with options.reshuffle outputs move in each."""
-    samples = [dataset.samples[i] for i in drawn]
+    """Yield one Dataset per epoch of tuning; in later epochs the drawn samples are reshuffled."""
+    samples = dataset.samples.select(drawn)
     for epoch in range(options.epochs):
-        if epoch and options.reshuffle:
+        if epoch and options.reshuffle == "yes":
             shuffled, _ = shuffle_outputs(samples, 1.0, options.seed + epoch)
-        if not epoch or options.reshuffle:
+        if not epoch or options.reshuffle == "yes":
             # a shuffled sample can be longer: its output now follows another input
             current = Dataset(shuffled, dataset.renderer, 2 * dataset.max_length)
         yield current
@@ -518,7 +518,8 @@ def check_tuning(model, dataset: Dataset, drawn, tuned_losses, options: Options)
 def uses_input(right: float, wrong: float) -> bool:
     """Whether the right inputs save a discriminator more than a fifth of its loss.
 
-    THRESHOLD_DOC
+    On the toy those tuned well (1.1 to 1.8 % error over the clear roles) were saved 9 to 19 %;
+    those with 3 % error or more 20 to 36 %, and one between them (1.8 %) 25 %.
     """
     return wrong - right > 0.2 * wrong
 

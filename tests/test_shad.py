@@ -80,7 +80,7 @@ def reshuffled(dataset, options):
 
 def test_outputs_are_reshuffled_in_every_epoch(chatml, tmp_path):
     dataset = Dataset.load([write(tmp_path / "a.json", apigen(40))], chatml, "auto", 2048)
-    options = shad.Options(model="", data=[], out="", epochs=4, reshuffle=True)
+    options = shad.Options(model="", data=[], out="", epochs=4)
     epochs, drawn = reshuffled(dataset, options)
     orders = set()
     for epoch in epochs:
@@ -96,7 +96,7 @@ def test_outputs_are_reshuffled_in_every_epoch(chatml, tmp_path):
         orders.add(tuple(outputs[id] for id in sorted(outputs)))
     assert len(orders) == 4
 
-    options.reshuffle = False
+    options.reshuffle = "no"
     epochs, _ = reshuffled(dataset, options)
     assert [epoch is epochs[0] for epoch in epochs] == [True] * 4
 
@@ -121,7 +121,7 @@ def test_a_model_that_was_not_tuned_still_uses_its_input(tmp_path, capsys):
 
 def test_a_model_that_was_tuned_hard_no_longer_does(tmp_path, capsys):
     summary = tune_on_the_toy(
-        tmp_path, shuffle=120, lr=2e-3, epochs=4, reshuffle=True, batch_tokens=512)
+        tmp_path, shuffle=120, lr=2e-3, epochs=4, batch_tokens=512)
     check = summary["check"]
     assert summary["shuffled"] == 108                   # a tenth is left out in any case
     assert check["samples"] == 12

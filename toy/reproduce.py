@@ -23,7 +23,8 @@ SAMPLES = 4000
 EVAL_SAMPLES = 200              # of each kind, held-in and held-out
 EVAL_SEED = 10_000
 WATCH_EVERY = 40                # steps between evaluations, on a quarter of EVAL_SAMPLES
-SHAD = {"shuffle": 400, "epochs": 4, "lr": 1e-3, "batch_tokens": 1024, "micro_tokens": 4096}
+SHAD = {"shuffle": 400, "epochs": 4, "reshuffle": "no", "lr": 1e-3, "batch_tokens": 1024,
+        "micro_tokens": 4096}
 # one epoch; of 5e-4, 7e-4 and 1e-3 the rate with which SFT solves most held-in samples (on seeds
 # 101 and 102, which are not reported)
 TRAINING = {"epochs": 1, "lr": 1e-3, "batch_tokens": 2048, "micro_tokens": 4096}

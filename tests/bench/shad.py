@@ -41,8 +41,8 @@ class Options:
     max_length: int = option(640, "longer samples are dropped, in tokens", low=2)
     shuffle: list = option(["96", "300", "1000"], "how many samples to shuffle")
     lr: list = option(["1e-4", "3e-4"], "learning rates")
-    epochs: list = option(["1"], "epochs over them")
-    reshuffle: bool = option(False, "shuffle them anew in every epoch")
+    epochs: list = option(["4"], "epochs over them")
+    reshuffle: str = option("yes", "shuffle them anew in every epoch", choices=["yes", "no"])
     seeds: int = option(1, "seeds of each row", low=1)
     batch_tokens: int = option(4096, "tokens per global batch", low=1)
     micro_tokens: int = option(2048, "tokens per forward", low=1)
@@ -95,7 +95,8 @@ def losses_of(model, dataset: Dataset, options) -> tuple[np.ndarray, np.ndarray]
 def discriminator_losses(pool: Dataset, held_out, setting, options) -> dict[str, np.ndarray]:
     """{"<held-out data> right" and "... wrong": losses} of one tuned model; (): of the base."""
     name = "-".join(map(str, setting)) or "base"
-    path = os.path.join(options.out, f"{name}{'-reshuffled' * options.reshuffle}.npz")
+    kind = "reshuffled" if options.reshuffle == "yes" else "shuffled once"
+    path = os.path.join(options.out, f"{name} {kind}.npz")
     if os.path.exists(path):
         return dict(np.load(path))
     model = Transformer.from_pretrained(options.model)
