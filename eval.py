@@ -76,6 +76,9 @@ class Options:
     template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
                                    "tokenizer has its tokens, else plain; raw: the text as it is",
                            choices=["auto", "chatml", "plain", "raw"])
+    dtype: str = option("auto", "precision of matrix products; auto: bfloat16 where the CPU or GPU "
+                                "multiplies it natively, else float32",
+                        choices=["auto", "float32", "bfloat16"])
     seed: int = option(1, "seed of the toy samples; train.py's are made with others")
     # T-Eval and Nexus
     language: str = option("en", "language of T-Eval's files", choices=["en", "zh"])
@@ -472,7 +475,7 @@ def claim_out(options: Options, create: bool = True) -> None:
 def main():
     options = parse_options(Options, __doc__)
     check_options(options)
-    device = init_distributed()
+    device = init_distributed(options.dtype)
     if options.out:
         on_rank_0(claim_out, options, False)
     rank, _ = rank_and_world()

@@ -100,6 +100,9 @@ class Options:
                                        "else they are text")
     shard: str = option("auto", "split the model over the ranks (FSDP2); auto: with several GPUs",
                         choices=["auto", "yes", "no"])
+    dtype: str = option("auto", "precision of matrix products; auto: bfloat16 where the CPU or GPU "
+                                "multiplies it natively, else float32",
+                        choices=["auto", "float32", "bfloat16"])
     seed: int = option(0, "seed of the shuffle and of the batch order")
 
 
@@ -550,7 +553,7 @@ def largest_per_word(difference, dataset: Dataset) -> np.ndarray:
 
 def main():
     options = parse_options(Options, __doc__)
-    device = init_distributed()
+    device = init_distributed(options.dtype)
     rank, _ = rank_and_world()
     labelled = os.path.exists(os.path.join(options.out, "labels.safetensors"))
     if labelled and not options.export:

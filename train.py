@@ -106,6 +106,9 @@ class Options:
     native_calls: bool = option(False, "send APIGen's and ShareGPT's calls through the "
                                        "checkpoint's own chat template, as tool calls; "
                                        "else they are text")
+    dtype: str = option("auto", "precision of matrix products; auto: bfloat16 where the CPU or GPU "
+                                "multiplies it natively, else float32",
+                        choices=["auto", "float32", "bfloat16"])
     seed: int = option(0, "seed of the batch order")
     # scale and safety
     checkpoint_every: int = option(500, "steps between checkpoints in OUT/checkpoints; 0: only "
@@ -412,7 +415,7 @@ def progress(row: dict, grouped: bool) -> dict:
 def main():
     options = parse_options(Options, __doc__)
     check_labels(options)
-    device = init_distributed()
+    device = init_distributed(options.dtype)
     rank, _ = rank_and_world()
     on_rank_0(claim, options.out, FILES, "train.py", False)
     if finished_before(options):

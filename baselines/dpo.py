@@ -46,6 +46,9 @@ class Options:
     template: str = option("auto", "chat template", choices=["auto", "chatml", "plain"])
     shard: str = option("auto", "split the model over the ranks; auto: with several GPUs",
                         choices=["auto", "yes", "no"])
+    dtype: str = option("auto", "precision of matrix products; auto: bfloat16 where the CPU or GPU "
+                                "multiplies it natively, else float32",
+                        choices=["auto", "float32", "bfloat16"])
     seed: int = option(0, "seed of the batch order")
 
 
@@ -128,7 +131,7 @@ def train_dpo(model: Transformer, dataset: Dataset, options: Options) -> list:
 
 def main():
     options = parse_options(Options, __doc__)
-    device = distributed.init_distributed()
+    device = distributed.init_distributed(options.dtype)
     path = resolve(options.model)
     if os.path.exists(os.path.join(options.out, "model", "config.json")):
         raise DataError(f"{options.out}/model already holds a trained model; "

@@ -40,7 +40,8 @@ def method_labels(options, dataset, device, shard):
             shad_options = shad.Options(
                 model=options.model, data=options.data, out=options.labels,
                 micro_tokens=options.micro_tokens, max_length=options.max_length,
-                template=options.template, native_calls=options.native_calls, seed=options.seed)
+                template=options.template, native_calls=options.native_calls, dtype=options.dtype,
+                seed=options.seed)
             shad.run(shad_options, dataset, model)
             del model
             if rank_and_world()[0] == 0:

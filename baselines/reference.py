@@ -43,13 +43,16 @@ class Options:
     max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
     template: str = option("auto", "chat template", choices=["auto", "chatml", "plain"])
     native_calls: bool = option(False, "as train.py is to be given it")
+    dtype: str = option("auto", "precision of matrix products; auto: bfloat16 where the CPU or GPU "
+                                "multiplies it natively, else float32",
+                        choices=["auto", "float32", "bfloat16"])
     shard: str = option("auto", "split the model over the ranks (FSDP2); auto: with several GPUs",
                         choices=["auto", "yes", "no"])
 
 
 def main():
     options = parse_options(Options, __doc__)
-    device = init_distributed()
+    device = init_distributed(options.dtype)
     rank, _ = rank_and_world()
     paths = [resolve(path) for path in (options.model, options.minus) if path]
     if os.path.exists(os.path.join(options.out, "labels.safetensors")):

@@ -7,6 +7,7 @@ import atexit
 import ctypes
 import os
 import sys
+import timeit
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,11 @@ from torch import nn
 from support.cli import DataError
 
 
-def init_distributed() -> torch.device:
-    """Set this process up, torch.distributed too if torchrun started it; returns its device."""
+def init_distributed(dtype: str | None = None) -> torch.device:
+    """Set this process up, torch.distributed too if torchrun started it; returns its device.
+
+    dtype: the precision of matrix products, see use_dtype; rank 0 says which it is.
+    """
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if name not in os.environ]
     world = os.environ.get("WORLD_SIZE", "1")
@@ -38,6 +42,10 @@ def init_distributed() -> torch.device:
             raise DataError(f"the processes found no way to each other ({e}); "
                             f"the environment has {settings}.") from None
         atexit.register(dist.destroy_process_group)
+    if dtype:
+        which = use_dtype(dtype, device)
+        if rank_and_world()[0] == 0:
+            print(which)
     return device
 
 
@@ -181,12 +189,57 @@ def not_finite(model: nn.Module, dtype=None) -> list[str]:
     return [names[int(i)] for i in bad.nonzero()]
 
 
+precision = None            # of matrix products, set once per process by use_dtype
+
+
+def use_dtype(choice: str, device: torch.device) -> str:
+    """Set the precision of matrix products: "auto", "float32" or "bfloat16". Returns which and why.
+
+    "auto" is bfloat16 where the device multiplies it natively; elsewhere it is the slower of the
+    two. All ranks get the same.
+    """
+    global precision
+    native = choice == "bfloat16"
+    reason = "--dtype"
+    if choice == "auto":
+        native, reason = multiplies_bf16(device)
+    votes = torch.tensor(float(native), device=device)
+    sum_over_ranks(votes)
+    _, world = rank_and_world()
+    precision = torch.bfloat16 if votes == world else torch.float32
+    return f"matrix products in {str(precision).removeprefix('torch.')} ({reason})"
+
+
+def multiplies_bf16(device: torch.device) -> tuple[bool, str]:
+    """Does the device multiply bf16 natively? And how that was found out."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return torch.cuda.get_device_capability(device) >= (8, 0), name
+    flags = set()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            flags = set(f.read().split())
+    found = flags & {"avx512_bf16", "amx_bf16"}
+    if found:
+        return True, f"the CPU has {' and '.join(sorted(found))}"
+    if "sse2" in flags:                                     # x86, which would have said so
+        return False, "the CPU has neither avx512_bf16 nor amx_bf16"
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(256, 256, dtype=dtype)
+        seconds[dtype] = min(timeit.repeat(lambda a=a: a @ a, number=1, repeat=20))
+    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    return ratio > 1.2, f"a product in bfloat16 ran at {ratio:.1f} x float32's speed"
+
+
 def mixed_precision(device: torch.device):
-    """bf16 matrix products on CUDA, float32 on CPUs (where bf16 is slower).
+    """Matrix products in the precision of use_dtype; without it bfloat16 on CUDA, else float32.
 
     Losses stay float32, and so do the weights that the optimizer sees, sharded or not.
     """
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    bf16 = device.type == "cuda" if precision is None else precision == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
 
 
 def tune_malloc() -> None:

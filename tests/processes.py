@@ -24,6 +24,15 @@ fork.set_forkserver_preload([
     "safetensors.torch", "tqdm"])
 
 
+def in_float32(script, arguments):
+    """The arguments of a run whose figures are compared exactly, on whatever CPU."""
+    arguments = [str(argument) for argument in arguments]
+    takes_it = script in ("train", "shad", "eval") and arguments and "--help" not in arguments
+    if takes_it and "--dtype" not in arguments:
+        arguments += ["--dtype", "float32"]
+    return arguments
+
+
 def run(script, arguments, log, environment, largest_file):
     """Run a script in this very process; what it prints goes to the file `log`."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -48,7 +57,7 @@ def start(folder, script, *arguments, processes=1, largest_file=None):
         port = s.getsockname()[1]
     environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
                    "WORLD_SIZE": str(processes)}
-    arguments = [str(argument) for argument in arguments]
+    arguments = in_float32(script, arguments)
     ranks = []
     for rank in range(processes):
         log = folder / f"log{rank}"
@@ -85,7 +94,7 @@ def launch(script, *arguments, processes=1, **settings):
         torchrun = ["-m", "torch.distributed.run", "--standalone",
                     "--nproc_per_node", str(processes)]
     command = [sys.executable, *torchrun, os.path.join(ROOT, f"{script}.py"),
-               *map(str, arguments)]
+               *in_float32(script, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, text=True, encoding="utf-8", **(pipes | settings))
 
