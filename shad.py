@@ -452,7 +452,8 @@ def run(options: Options, dataset: Dataset, model: Transformer):
 
 def run_settings(options: Options, dataset: Dataset) -> dict:
     """What must be the same for a run that resumes."""
-    may_change = ("out", "export", "data", "threshold", "shard")    # of data the content counts
+    # of the data the content counts
+    may_change = ("out", "export", "data", "threshold", "unit", "shard")
     settings = {k: value for k, value in asdict(options).items() if k not in may_change}
     return settings | dataset.fingerprint
 
