@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = ["README.md", "RESULTS.md", "benchmarks/README.md"]
+DOCUMENTS = ["README.md", "RESULTS.md", "baselines/README.md", "benchmarks/README.md"]
 
 
 def test_the_example_runs():

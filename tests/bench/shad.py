@@ -42,7 +42,7 @@ class Options:
     shuffle: list = option(["96", "300", "1000"], "how many samples to shuffle")
     lr: list = option(["1e-4", "3e-4"], "learning rates")
     epochs: list = option(["4"], "epochs over them")
-    reshuffle: str = option("yes", "shuffle them anew in every epoch", choices=["yes", "no"])
+    reshuffle: str = option("yes", "shuffle them again in every epoch", choices=["yes", "no"])
     seeds: int = option(1, "seeds of each row", low=1)
     batch_tokens: int = option(4096, "tokens per global batch", low=1)
     micro_tokens: int = option(2048, "tokens per forward", low=1)
