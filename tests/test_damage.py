@@ -54,7 +54,7 @@ def test_a_tuned_model_that_is_not_finite_is_refused(work, tmp_path):
     model.model.layers[0].mlp.up_proj.weight.register_hook(lambda grad: grad * math.nan)
     options = shad.Options(model="", data=[""], out=str(tmp_path))
     with pytest.raises(DataError, match="tuned model's .* not finite; lower --lr"):
-        shad.tune(model, dataset, options)
+        shad.tune(model, [dataset], options)
 
 
 def damage(path, kind):
