@@ -14,13 +14,15 @@ import pytest
 import torch
 
 import tiny
+from support import distributed
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _reset():
     torch.manual_seed(0)
+    distributed.precision = None        # a main() run in this process has set it
 
 
 @pytest.fixture(scope="session")

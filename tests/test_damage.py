@@ -9,6 +9,7 @@ import torch
 import shad
 from data import Dataset
 from model import Transformer
+from processes import in_float32
 from runs import content, labelling
 from runs import work as work  # a fixture
 from support import checkpoints, files
@@ -110,7 +111,7 @@ def labels(work):
     remove = shad.remove_folder
     shad.remove_folder = folders.append
     arguments = sys.argv
-    sys.argv = [str(a) for a in labelling(work, work / "labels")]
+    sys.argv = in_float32("shad", labelling(work, work / "labels"))
     try:
         shad.main()
     finally:

@@ -14,7 +14,7 @@ import eval
 from benchmarks import judge_outputs, stabletoolbench, toy, wilson
 from eval import ask_saving, make_responder, read_outputs, single_turn
 from model import Transformer
-from processes import launch, wait_until
+from processes import in_float32, launch, wait_until
 from stable import query
 from support.cli import DataError
 from support.generate import generate
@@ -28,7 +28,7 @@ TOY = ["--count", 6, "--max-new-tokens", 24, "--cache-tokens", 150]
 
 def main(monkeypatch, *arguments):
     """eval.py in this process."""
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["eval.py", *in_float32("eval", arguments)])
     eval.main()
 
 

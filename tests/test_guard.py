@@ -9,7 +9,7 @@ import torch
 
 import shad
 import train
-from processes import call, printed, start, wait_until
+from processes import call, in_float32, printed, start, wait_until
 from runs import content, labelling, training
 from runs import work as work  # a fixture
 from support import checkpoints, files
@@ -166,7 +166,7 @@ def fail_to_save(monkeypatch):
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_model_that_cannot_be_saved_is_kept_in_a_checkpoint(monkeypatch, work, tmp_path):
     arguments = training(work, tmp_path / "out", "--method", "sft")
-    monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
+    monkeypatch.setattr(sys, "argv", in_float32("train", arguments))
     with monkeypatch.context() as full_disk:
         fail_to_save(full_disk)
         with pytest.raises(DataError, match="No space left.*keeps step 3.*--resume"):
