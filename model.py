@@ -162,9 +162,11 @@ def checkpointed(f, *inputs):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        if x.is_cuda:       # torch's own is one kernel there; on CPUs it saves three tensors
-            return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        if not x.is_cuda:
+            return _RMSNorm.apply(x, self.weight, self.eps)
+        # torch's own is one kernel there; cast once, not in each of the layers that follow
+        y = F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)
+        return y.to(_product_dtype(x))
 
 
 class Attention(nn.Module):
@@ -195,10 +197,36 @@ class Attention(nn.Module):
         if mask is not None:
             # decoding, T = 1: query heads that share a key fill the T axis, so it is read once
             q = q.reshape(B, k.shape[1], -1, self.head_dim)             # (B, n_kv, group, head_dim)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
-                                           enable_gqa=q.shape[1] != k.shape[1])
+        if mask is None and q.dtype == torch.bfloat16 and not q.is_cuda:
+            y = causal_attention(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                               enable_gqa=q.shape[1] != k.shape[1])
         y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2)          # (B, T, n_head, head_dim)
         return self.o_proj(y.reshape(B, T, -1))                         # (B, T, H)
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int = 192):
+    """Causal attention by plain products, which CPUs do faster in bf16 than SDPA's kernel.
+
+    q: (B, n_head, T, head_dim). k, v: (B, n_kv, T, head_dim). Returns the shape of q. Only a block
+    of queries is scored at a time, with the keys up to it, and scored again in backward.
+    """
+    def attend(q, k, v):
+        queries, keys = q.shape[2], k.shape[1]
+        later = torch.full((queries, keys), -math.inf, dtype=q.dtype).triu(keys - queries + 1)
+        later = later.repeat(q.shape[1], 1)                             # (group*queries, keys)
+        scores = torch.baddbmm(later, q.flatten(1, 2), k.mT, alpha=q.shape[3] ** -0.5)
+        return (scores.softmax(-1) @ v).view(q.shape)
+
+    B, n_kv, T, head_dim = k.shape
+    k = k.reshape(B * n_kv, T, head_dim)
+    v = v.reshape(B * n_kv, T, head_dim)
+    outputs = []
+    for queries in q.reshape(B * n_kv, -1, T, head_dim).split(block, dim=2):
+        end = len(outputs) * block + queries.shape[2]
+        outputs.append(checkpointed(attend, queries, k[:, :end], v[:, :end]))
+    return torch.cat(outputs, dim=2).view(q.shape)                      # (B, n_head, T, head_dim)
 
 
 class MLP(nn.Module):
@@ -500,7 +528,7 @@ class _RMSNorm(torch.autograd.Function):
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
         scale = (mean_square + eps).rsqrt()                             # (..., 1)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).type_as(x)
+        return (wide * scale).mul_(weight).to(_product_dtype(x))
 
     @staticmethod
     def backward(ctx, grad):
@@ -535,7 +563,7 @@ def fused_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: tor
     return _FusedCrossEntropy.apply(hidden, weight, targets, ignore_index)
 
 
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}  # of float32 logits; fits a CPU's cache
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # of a chunk's float32 logits
 
 
 def _chunk_rows(weight: torch.Tensor) -> int:
@@ -544,31 +572,51 @@ def _chunk_rows(weight: torch.Tensor) -> int:
     return 2 ** int(math.log2(max(1, budget // (4 * weight.shape[0]))))
 
 
-def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, summed and returned in float32 (float64 stays) without rounding to bf16 on the way."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    if a.is_cuda and torch.__version__ >= "2.8":    # a TorchVersion: compares as numbers
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+def _product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which x enters matrix products: autocast's where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _logits_factor(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x as a factor of logits, which are float32: CUDA multiplies bf16 into it, CPUs float32."""
+    if x.is_cuda and torch.__version__ >= "2.8":    # a TorchVersion: compares as numbers
+        return x.to(dtype)
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = a @ b, in the dtype of out."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _add_mm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b: a product in bf16 may be rounded, but the sum is not."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda and torch.__version__ >= "2.10":
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, ignore_index):
-        device = hidden.device.type
-        autocast = torch.is_autocast_enabled(device)
-        ctx.dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-        with torch.autocast(device, enabled=False):
+        ctx.dtype = _product_dtype(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
             scored = (targets != ignore_index).nonzero().squeeze(1)     # (n,) rows that are scored
-            w = weight.to(ctx.dtype)                                    # (V, H)
-            sum_dtype = torch.promote_types(w.dtype, torch.float32)
-            lse = torch.empty(len(scored), dtype=sum_dtype, device=hidden.device)
+            w = _logits_factor(weight, ctx.dtype)                       # (V, H)
+            lse = w.new_empty(len(scored), dtype=torch.promote_types(w.dtype, torch.float32))
+            buffer = lse.new_empty(_chunk_rows(w), len(w))
             losses = hidden.new_zeros(len(hidden), dtype=torch.float32)
-            for i in range(0, len(scored), _chunk_rows(w)):
-                chunk = slice(i, i + _chunk_rows(w))
+            for i in range(0, len(scored), len(buffer)):
+                chunk = slice(i, i + len(buffer))
                 rows = scored[chunk]
-                logits = _mm(hidden[rows].to(ctx.dtype), w.T)           # (chunk, V) float32
+                h = _logits_factor(hidden[rows], ctx.dtype)
+                logits = _mm(h, w.T, out=buffer[:len(rows)])            # (chunk, V) float32
                 target_logit = logits.gather(1, targets[rows, None]).squeeze(1)
                 peak = logits.amax(1)
                 total = logits.sub_(peak[:, None]).exp_().sum(1)    # in place: no second (chunk, V)
@@ -584,19 +632,20 @@ class _FusedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if need_weight else None    # fp32
         with torch.autocast(hidden.device.type, enabled=False):
-            w = weight.to(ctx.dtype)
-            for i in range(0, len(scored), _chunk_rows(w)):
-                chunk = slice(i, i + _chunk_rows(w))
+            w = _logits_factor(weight, ctx.dtype)
+            narrow_w = w.to(ctx.dtype)
+            buffer = lse.new_empty(_chunk_rows(w), len(w))
+            for i in range(0, len(scored), len(buffer)):
+                chunk = slice(i, i + len(buffer))
                 rows = scored[chunk]
-                h = hidden[rows].to(ctx.dtype)
-                d = _mm(h, w.T).sub_(lse[chunk, None]).exp_()                       # softmax
-                d[torch.arange(len(rows), device=d.device), targets[rows]] -= 1     # - onehot
-                d = d.mul_(grad[rows, None]).to(ctx.dtype)              # (chunk, V), cast once
+                h = _logits_factor(hidden[rows], ctx.dtype)
+                d = _mm(h, w.T, out=buffer[:len(rows)]).sub_(lse[chunk, None]).exp_()   # softmax
+                d[torch.arange(len(rows), device=d.device), targets[rows]] -= 1         # - onehot
+                d = d.to(ctx.dtype)                                     # (chunk, V), cast once
+                g = grad[rows, None]
                 if need_hidden:
-                    grad_hidden[rows] = (d @ w).to(hidden.dtype)
-                if need_weight and d.dtype == grad_weight.dtype:
-                    grad_weight.addmm_(d.T, h)
-                elif need_weight:
-                    grad_weight += _mm(d.T, h)
+                    grad_hidden[rows] = (d @ narrow_w * g).to(hidden.dtype)
+                if need_weight:
+                    _add_mm(grad_weight, d.T, (h * g).to(ctx.dtype))
         grad_weight = grad_weight.to(weight.dtype) if need_weight else None
         return grad_hidden, grad_weight, None, None
