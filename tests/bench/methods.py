@@ -124,14 +124,15 @@ def interval(values) -> str:
 
 def tables(runs: list[dict]) -> tuple[list, list]:
     """(mean +- 95 % interval of every figure, paired differences to SFT), a row per method."""
-    means = [["", *FIGURES]]
-    differences = [["minus SFT", *FIGURES]]
+    means = [["", "seeds", *FIGURES]]
+    differences = [["minus SFT", "seeds", *FIGURES]]
     for name in runs[0]:
-        row = [name]
-        paired = [name]
+        seeds = [run for run in runs if name in run]        # a setting may be added later
+        row = [name, str(len(seeds))]
+        paired = list(row)
         for figure in FIGURES.values():
-            values = np.array([figure(run[name]["summary"]) for run in runs])
-            sft = np.array([figure(run["sft"]["summary"]) for run in runs])
+            values = np.array([figure(run[name]["summary"]) for run in seeds])
+            sft = np.array([figure(run["sft"]["summary"]) for run in seeds])
             row.append(interval(values))
             paired.append(interval(values - sft))
         means.append(row)
