@@ -4,9 +4,7 @@ A rank holds the whole model or, of a sharded one (FSDP2), a block of rows of ev
 its gradient and of its optimizer state.
 """
 import atexit
-import ctypes
 import os
-import sys
 import timeit
 
 import torch
@@ -32,8 +30,6 @@ def init_distributed(dtype: str | None = None) -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    else:
-        tune_malloc()
     if world != "1":
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -239,17 +235,3 @@ def mixed_precision(device: torch.device):
     """
     bf16 = device.type == "cuda" if precision is None else precision == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
-
-
-def tune_malloc() -> None:
-    """On Linux's CPUs: use huge pages, and never return freed memory to the system.
-
-    Page faults cost 5-7 % of a run's first steps. It changes the whole process: call it before the
-    first tensor is made.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch reads it when it first allocates
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):                            # glibc
-        libc.mallopt(-1, -1)                                # M_TRIM_THRESHOLD: keep the heap's top
-        libc.mallopt(-4, 0)                                 # M_MMAP_MAX: large tensors in the heap
