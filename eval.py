@@ -42,6 +42,7 @@ from support.cli import DataError, option, parse_options, printable, run_script
 from support.distributed import (
     barrier,
     init_distributed,
+    limit_threads,
     mixed_precision,
     on_rank_0,
     rank_and_world,
@@ -290,6 +291,7 @@ def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
     else:
         path = resolve(options.model)
         model = Transformer.from_pretrained(path, device=device)
+        limit_threads(model)
         renderer = Renderer(path, options.template)
         generation = {"decoding": "greedy",
                       "max_new_tokens": options.max_new_tokens or bench.MAX_NEW_TOKENS,
@@ -484,6 +486,7 @@ def main():
         dataset = Dataset.load(options.data, path, options.template, options.max_length or 2048)
         labels = load_labels(options.labels, dataset) if options.labels else None
         model = Transformer.from_pretrained(path, device=device)
+        limit_threads(model)
         losses = role_losses(model, dataset, options.micro_tokens, labels)
         summary = {"losses": losses, "dropped": dataset.dropped}
         verdicts = None

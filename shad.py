@@ -45,6 +45,7 @@ from support.distributed import (
     barrier,
     clip_gradients,
     init_distributed,
+    limit_threads,
     mixed_precision,
     not_finite,
     on_rank_0,
@@ -574,6 +575,7 @@ def main():
     if not labelled:
         shard = partial(shard_model, device=device) if should_shard(options.shard, device) else None
         model = Transformer.from_pretrained(options.model, device=device, shard=shard)
+        limit_threads(model)
         run(options, dataset, model)
     if options.export and rank == 0:
         claim_export(options.export)

@@ -56,6 +56,7 @@ from support.distributed import (
     clip_gradients,
     compile_blocks,
     init_distributed,
+    limit_threads,
     mixed_precision,
     on_rank_0,
     rank_and_world,
@@ -435,6 +436,7 @@ def main():
     # train; from here on a checkpoint can be written
     on_stop(stop_after_this_step, signal.SIGINT)
     model = Transformer.from_pretrained(options.model, device=device, shard=shard)
+    limit_threads(model)
     model.recompute = options.recompute
     if options.compile:
         compile_blocks(model)

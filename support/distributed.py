@@ -185,6 +185,20 @@ def not_finite(model: nn.Module, dtype=None) -> list[str]:
     return [names[int(i)] for i in bad.nonzero()]
 
 
+SMALL_MODEL = 10_000_000        # parameters
+
+
+def limit_threads(model: nn.Module) -> None:
+    """Give a small model one CPU thread: several would only wait for each other.
+
+    That costs nothing on an idle machine and much beside another busy process. OMP_NUM_THREADS,
+    where it is set, decides instead.
+    """
+    small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
+    if small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
 precision = None            # of matrix products, set once per process by use_dtype
 
 

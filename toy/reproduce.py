@@ -13,7 +13,7 @@ from data import Dataset, Renderer
 from model import CheckpointError, Transformer
 from support import report
 from support.cli import run_script
-from support.distributed import init_distributed, on_rank_0, rank_and_world
+from support.distributed import init_distributed, limit_threads, on_rank_0, rank_and_world
 from support.files import claim, make_folder, release, write_json
 from support.label_report import colored_tokens, format_summary, sample_html
 from support.readers import toy_samples
@@ -69,6 +69,7 @@ def reproduce(out: str = "out", seed: int = 0) -> dict:
         on_rank_0(make_folder, os.path.join(out, name), MAKER)
 
     # the toy, and its labels by SHAD
+    limit_threads(base())
     dataset = Dataset(toy_samples(SAMPLES, seed), Renderer(TOY))
     if rank == 0:
         size = sum(p.numel() for p in base().parameters())
