@@ -140,9 +140,10 @@ def checkpointed(f, *inputs):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        if x.is_cuda:       # torch's own is one kernel there; on CPUs it saves three tensors
-            return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        if not x.is_cuda:
+            return _RMSNorm.apply(x, self.weight, self.eps)
+        y = F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)  # one kernel there
+        return y.to(_product_dtype(x))          # once, not in each of the layers that follow
 
 
 class Attention(nn.Module):
@@ -170,13 +171,38 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.append(self, k, v)
-        if mask is not None:
-            # decoding, T = 1: the heads that share a key take the place of T, so it is read once
+        if mask is None:
+            y = causal_attention(q, k, v)
+        else:       # decoding, T = 1: heads that share a key take the place of T: it is read once
             q = q.reshape(B, k.shape[1], -1, self.head_dim)             # (B, n_kv, group, head_dim)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
-                                           enable_gqa=q.shape[1] != k.shape[1])
+            y = F.scaled_dot_product_attention(q, k, v, mask)
         y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2)          # (B, T, n_head, head_dim)
         return self.o_proj(y.reshape(B, T, -1))                         # (B, T, H)
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int = 192):
+    """softmax(q k^T / sqrt(head_dim)) v over keys that are not later; returns the shape of q.
+
+    q: (B, n_head, T, head_dim). k, v: (B, n_kv, T, head_dim). In bf16, CPUs are faster by plain
+    products than by SDPA's kernel: a block of queries at a time, scored again in backward.
+    """
+    if q.is_cuda or q.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+
+    def attend(q, k, v):
+        later = torch.full((q.shape[2], k.shape[1]), -math.inf, dtype=q.dtype)
+        later = later.triu(k.shape[1] - q.shape[2] + 1).repeat(q.shape[1], 1)
+        scores = torch.baddbmm(later, q.flatten(1, 2), k.mT, alpha=q.shape[3] ** -0.5)
+        return (scores.softmax(-1) @ v).view(q.shape)
+
+    k = k.flatten(0, 1)                                                 # (B*n_kv, T, head_dim)
+    v = v.flatten(0, 1)
+    y = []
+    for queries in q.reshape(len(k), -1, *k.shape[1:]).split(block, dim=2):
+        end = len(y) * block + queries.shape[2]
+        y.append(checkpointed(attend, queries, k[:, :end], v[:, :end]))
+    return torch.cat(y, dim=2).view(q.shape)
 
 
 class MLP(nn.Module):
@@ -447,7 +473,7 @@ class _RMSNorm(torch.autograd.Function):
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
         scale = (mean_square + eps).rsqrt()                             # (..., 1)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).type_as(x)
+        return (wide * scale).mul_(weight).to(_product_dtype(x))
 
     @staticmethod
     def backward(ctx, grad):
@@ -482,7 +508,7 @@ def fused_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: tor
     return _FusedCrossEntropy.apply(hidden, weight, targets, ignore_index)
 
 
-CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}  # of float32 logits; fits a CPU's cache
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # of a chunk's float32 logits
 
 
 def _chunk_rows(weight: torch.Tensor) -> int:
@@ -491,31 +517,46 @@ def _chunk_rows(weight: torch.Tensor) -> int:
     return 2 ** int(math.log2(max(1, budget // (4 * weight.shape[0]))))
 
 
-def _mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, summed and returned in float32 (float64 stays) without rounding to bf16 on the way."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    if a.is_cuda and torch.__version__ >= "2.8":    # a TorchVersion: compares as numbers
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+def _product_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which x enters matrix products: autocast's where that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = a @ b, summed and returned in the dtype of out, never rounded to bf16 on the way."""
+    if a.is_cuda and a.dtype != out.dtype and torch.__version__ >= "2.8":   # compares as numbers
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def _add_mm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b. On CPUs a product in bf16 is rounded to it, but never the total."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda and torch.__version__ >= "2.10":
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, ignore_index):
-        device = hidden.device.type
-        autocast = torch.is_autocast_enabled(device)
-        ctx.dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-        with torch.autocast(device, enabled=False):
+        ctx.dtype = _product_dtype(hidden)
+        wide = torch.promote_types(ctx.dtype, torch.float32)
+        ctx.logits_dtype = ctx.dtype if hidden.is_cuda else wide        # of their factors
+        with torch.autocast(hidden.device.type, enabled=False):
             scored = (targets != ignore_index).nonzero().squeeze(1)     # (n,) rows that are scored
-            w = weight.to(ctx.dtype)                                    # (V, H)
-            sum_dtype = torch.promote_types(w.dtype, torch.float32)
-            lse = torch.empty(len(scored), dtype=sum_dtype, device=hidden.device)
+            w = weight.to(ctx.logits_dtype)                             # (V, H)
+            lse = w.new_empty(len(scored), dtype=wide)
+            buffer = lse.new_empty(_chunk_rows(w), len(w))
             losses = hidden.new_zeros(len(hidden), dtype=torch.float32)
-            for i in range(0, len(scored), _chunk_rows(w)):
-                chunk = slice(i, i + _chunk_rows(w))
+            for i in range(0, len(scored), len(buffer)):
+                chunk = slice(i, i + len(buffer))
                 rows = scored[chunk]
-                logits = _mm(hidden[rows].to(ctx.dtype), w.T)           # (chunk, V) float32
+                h = hidden[rows].to(ctx.logits_dtype)
+                logits = _mm(h, w.T, out=buffer[:len(rows)])            # (chunk, V) float32
                 target_logit = logits.gather(1, targets[rows, None]).squeeze(1)
                 peak = logits.amax(1)
                 total = logits.sub_(peak[:, None]).exp_().sum(1)    # in place: no second (chunk, V)
@@ -531,19 +572,20 @@ class _FusedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if need_weight else None    # fp32
         with torch.autocast(hidden.device.type, enabled=False):
-            w = weight.to(ctx.dtype)
-            for i in range(0, len(scored), _chunk_rows(w)):
-                chunk = slice(i, i + _chunk_rows(w))
+            w = weight.to(ctx.logits_dtype)
+            narrow_w = w.to(ctx.dtype)
+            buffer = lse.new_empty(_chunk_rows(w), len(w))
+            for i in range(0, len(scored), len(buffer)):
+                chunk = slice(i, i + len(buffer))
                 rows = scored[chunk]
-                h = hidden[rows].to(ctx.dtype)
-                d = _mm(h, w.T).sub_(lse[chunk, None]).exp_()                       # softmax
-                d[torch.arange(len(rows), device=d.device), targets[rows]] -= 1     # - onehot
-                d = d.mul_(grad[rows, None]).to(ctx.dtype)              # (chunk, V), cast once
+                h = hidden[rows].to(ctx.logits_dtype)
+                d = _mm(h, w.T, out=buffer[:len(rows)]).sub_(lse[chunk, None]).exp_()   # softmax
+                d[torch.arange(len(rows), device=d.device), targets[rows]] -= 1         # - onehot
+                d = d.to(ctx.dtype)                                     # (chunk, V), cast once
+                g = grad[rows, None]
                 if need_hidden:
-                    grad_hidden[rows] = (d @ w).to(hidden.dtype)
-                if need_weight and d.dtype == grad_weight.dtype:
-                    grad_weight.addmm_(d.T, h)
-                elif need_weight:
-                    grad_weight += _mm(d.T, h)
+                    grad_hidden[rows] = (d @ narrow_w * g).to(hidden.dtype)
+                if need_weight:
+                    _add_mm(grad_weight, d.T, (h * g).to(ctx.dtype))
         grad_weight = grad_weight.to(weight.dtype) if need_weight else None
         return grad_hidden, grad_weight, None, None

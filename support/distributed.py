@@ -7,6 +7,7 @@ import atexit
 import ctypes
 import os
 import sys
+import timeit
 
 import torch
 import torch.distributed as dist
@@ -24,9 +25,14 @@ def init_distributed() -> torch.device:
     else:
         tune_malloc()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
+        init_process_group(device)
     return device
+
+
+def init_process_group(device: torch.device, **where) -> None:
+    """Start torch.distributed: gloo for tensors on the CPU, NCCL for those on GPUs."""
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **where)
+    atexit.register(dist.destroy_process_group)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -47,40 +53,62 @@ def sum_over_ranks(*tensors: torch.Tensor) -> None:
             dist.all_reduce(tensor)
 
 
-def should_shard(choice: str, device: torch.device) -> bool:
-    """Is a model to be sharded? choice: "yes", "no", or "auto": over several GPUs only."""
-    wanted = choice == "yes" or (choice == "auto" and device.type == "cuda")
-    return wanted and dist.is_initialized() and dist.get_world_size() > 1
+def should_shard(choice: str, device: torch.device, parameters: int = 0) -> bool:
+    """Is a model to be sharded? choice: "yes", "no", or "auto".
+
+    "auto" shards over several GPUs, and on a single one where a model of so many parameters would
+    not fit whole: 18 bytes each, for float32 weights, gradients and AdamW's two moments, and the
+    bf16 copies that autocast holds.
+    """
+    if choice != "auto" or device.type != "cuda":
+        return choice == "yes"
+    _, world = rank_and_world()
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return world > 1 or 18 * parameters > 0.9 * memory
 
 
-def shard_model(model: nn.Module, device) -> None:
-    """Split every parameter of a Transformer by rows over all ranks, in place.
+def shard_model(model: nn.Module, device, dtype=torch.float32, choice="yes", offload=False) -> None:
+    """Split every parameter of a Transformer by rows over all ranks, in place, if `choice` says so.
 
     A block's parameters are whole only while it computes; those of the root (embedding, last norm,
     head) from the start of forward to the end of backward. Both gather parameters, so all ranks
     must run the same number of them: one with nothing left to do runs a batch whose targets are
-    all -100. On CUDA parameters are gathered in bf16, so that autocast has nothing to cast;
-    gradients are reduced in float32. Does nothing on one rank.
-    """
-    # imported here: they take a second
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    all -100. Parameters are gathered in `dtype`, so that autocast has nothing to cast; gradients
+    are reduced in float32. One rank has nothing to split, but its bf16 copies are as short-lived.
 
+    offload: keep the parameters, gradients and optimizer state on the CPU, which also updates them.
+    """
     device = torch.device(device)
-    _, world = rank_and_world()
-    if world == 1:
+    if not should_shard(choice, device, sum(p.numel() for p in model.parameters())):
         return
     if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
         raise DataError(f"torch {torch.__version__} cannot shard a model on CPUs; "
                         "use a newer one, or --shard no.")
-    mesh = init_device_mesh(device.type, (world,))
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if device.type == "cuda" else None,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False)      # cos and sin stay float32
+    if not dist.is_initialized():
+        init_process_group(device, store=dist.HashStore(), rank=0, world_size=1)
+
+    # imported here: they take a second
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
+
+    options = {
+        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=dtype if dtype != torch.float32 else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False),     # cos and sin stay float32
+        "offload_policy": OffloadPolicy(),
+    }
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, **options)
+    fully_shard(model, **options)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -112,11 +140,13 @@ def all_reduce_gradients(model: nn.Module) -> None:
             p.grad = torch.zeros_like(p)
     grads = [p.grad for p in model.parameters()]
     _, world = rank_and_world()
+    if world == 1:
+        return
     if is_sharded(grads[0]):
         for grad in grads:
             grad.mul_(world)            # backward has reduced them already, to FSDP's mean
         return
-    while grads and world > 1:          # one message for many small gradients
+    while grads:                        # one message for many small gradients
         bucket = [grads.pop(0)]
         size = bucket[0].numel()
         while grads and size + grads[0].numel() <= BUCKET_ELEMENTS:
@@ -134,12 +164,62 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     return (norm.full_tensor() if is_sharded(norm) else norm).item()
 
 
-def mixed_precision(device: torch.device):
-    """bf16 matrix products on CUDA, float32 on CPUs (where bf16 is slower).
+def choose_dtype(choice: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of matrix products, and why. choice: "auto", "float32" or "bfloat16".
 
-    Losses stay float32, and so do the weights that the optimizer sees, sharded or not.
+    "auto" is bfloat16 where the device multiplies it natively: elsewhere it is the slower of the
+    two. All ranks get the same.
     """
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    if choice != "auto":
+        return getattr(torch, choice), "as asked"
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        reason = torch.cuda.get_device_name(device)
+    else:
+        native, reason = cpu_multiplies_bf16()
+    votes = torch.tensor(float(native), device=device)
+    sum_over_ranks(votes)
+    _, world = rank_and_world()
+    return torch.bfloat16 if votes == world else torch.float32, reason
+
+
+def cpu_multiplies_bf16() -> tuple[bool, str]:
+    """Has this CPU an instruction that multiplies bf16? And how that was found out."""
+    flags = set()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            flags = set(f.read().split())
+    found = flags & {"avx512_bf16", "amx_bf16"}
+    if found:
+        return True, f"the CPU has {' and '.join(sorted(found))}"
+    if "sse2" in flags:                                     # x86, which would have said so
+        return False, "the CPU has neither avx512_bf16 nor amx_bf16"
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(256, 256, dtype=dtype)
+        seconds[dtype] = min(timeit.repeat(lambda a=a: a @ a, number=1, repeat=20))
+    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    return ratio > 1.2, f"a product in bfloat16 ran at {ratio:.1f} x float32's speed"
+
+
+def mixed_precision(device: torch.device, dtype: torch.dtype):
+    """Matrix products in `dtype`, bfloat16 or float32. Losses stay float32 either way, and so do
+    the weights that the optimizer sees, sharded or not."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+SMALL_MODEL = 10**7         # parameters
+
+
+def limit_threads(model: nn.Module) -> None:
+    """Run a small model on one thread, unless OMP_NUM_THREADS says otherwise.
+
+    Its products are over before a second thread has taken its half; and on a busy machine the
+    threads spin, each waiting for the one that does not run.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    if parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def tune_malloc() -> None:
