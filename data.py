@@ -1,38 +1,50 @@
-"""From files to padded batches: readers, chat rendering with output masks, SHAD's shuffling, labels, batching.
-    samples = read_samples("train.json")              # APIGen, ToolBench, ShareGPT or messages, told by their content
-    dataset = Dataset(samples, Renderer("model_dir"))  # token ids with a mask of the output tokens
-    shuffled = shuffle_outputs(samples, 0.01, seed=0)  # SHAD, step 1: no output stays with its own input
+"""From samples to padded batches: token ids with their roles, the cached dataset, batching.
 
-A sample is a conversation. Its input is everything but the assistant's turns; its output is the assistant's turns, each with
-the end-of-turn token that the model must emit. Only output tokens carry loss.
+    samples = read_samples("train.json")                # APIGen, ToolBench, ShareGPT or messages
+    dataset = Dataset(samples, Renderer("model_dir"))   # token ids, and which of them are output
+    dataset = Dataset.load(["train.json"], "model_dir", "auto", max_length=2048)    # kept on disk
+
+A sample is a conversation. Its input is everything but the assistant's turns; its output is the
+assistant's turns, each with the end-of-turn token that the model must emit. Only output tokens
+carry loss. To see what is trained on:
+
+    python data.py --model DIR_OR_HUB_ID --data train.json      # samples with their output marked
+    python data.py --model DIR_OR_HUB_ID --data train.json --json     # all ids, one line per sample
 """
-import argparse
-
-
 import contextlib
 import hashlib
 import io
 import itertools
 import json
 import os
-import shutil
+import signal
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+if __name__ == "__main__":      # Ctrl-C while torch is imported ends it without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch
 
-from support.cli import DataError
-from support.readers import Message, Sample, read_samples, split_slice, stream_samples
-from support.templates import MARKS, Renderer
+from model import CheckpointError, resolve
+from support.cli import DataError, option, parse_options, run_script
+from support.distributed import rank_and_world
+from support.files import damaged_file, lock, make_folder, remove_folder, write_checksums
+from support.readers import Message, Sample, split_slice, stream_samples
+from support.readers import read_samples as read_samples  # data.read_samples is public
+from support.templates import TOKEN_ROLES, Renderer, highlighted
 
 
-ARRAYS = {"tokens": np.int32, "marks": np.uint8, "texts": np.uint8, "index": np.int64}
+class RaggedArray:
+    """Rows of unequal length in one flat array: rows[i] = view(flat[starts[i]:starts[i + 1]])."""
 
-
-class Rows:
-    """Rows of unequal length in one flat array: rows[i] = view(flat[starts[i]:starts[i + 1]]), or of some of them, in an order."""
-
-    def __init__(self, flat, starts, view=lambda row: row, order=None):
-        self.flat, self.starts, self.view, self.order = flat, starts, view, range(len(starts) - 1) if order is None else order
+    def __init__(self, flat, starts, view=None, order=None):
+        self.flat = flat
+        self.starts = starts
+        self.view = view                        # what a row is turned into when it is asked for
+        self.order = range(len(starts) - 1) if order is None else order
 
     def __len__(self):
         return len(self.order)
@@ -41,135 +53,203 @@ class Rows:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
         row = self.order[i]
-        return self.view(self.flat[self.starts[row]:self.starts[row + 1]])
+        values = self.flat[self.starts[row]:self.starts[row + 1]]
+        return self.view(values) if self.view else values
 
-    def pick(self, order):
-        return Rows(self.flat, self.starts, self.view, order)
+    def select(self, order):
+        """The rows of these indices only, in this order."""
+        return RaggedArray(self.flat, self.starts, self.view, order)
 
 
 def pack(sample: Sample) -> bytes:
-    return json.dumps([sample.id, [(m.role, m.text, m.parts, m.scored) for m in sample.messages]]).encode()
+    messages = []
+    for m in sample.messages:
+        turn = [] if m.turn is None else [m.turn]
+        messages.append([m.role, m.text, m.role_spans, m.scored, *turn])
+    tools = [] if sample.tools is None else [sample.tools]
+    return json.dumps([sample.id, messages, *tools]).encode()
 
 
 def unpack(text: np.ndarray) -> Sample:
-    name, messages = json.loads(text.tobytes())
-    return Sample(name, [Message(*m) for m in messages])
+    name, messages, *tools = json.loads(text.tobytes())
+    return Sample(name, [Message(*m) for m in messages], *tools)
+
+
+# the files of a dataset; `index` holds where each sample's tokens, output tokens and text begin
+ARRAYS = {"tokens": np.int32, "roles": np.uint8, "texts": np.uint8, "index": np.int64}
 
 
 class Dataset:
     """Rendered samples in flat arrays, held in memory or, by `load`, in files mapped into it.
 
-    ids[i] (T_i,) int32, is_output[i] (T_i,) bool and samples[i], a Sample, are made when asked for. Samples longer than
-    max_length tokens keep their place with no tokens and are counted in `dropped`, never cut.
+    ids[i] (T_i,) int32, is_output[i] (T_i,) bool and samples[i], a Sample, are made when asked for.
+    lengths, output_counts: (samples,) tokens and output tokens of each sample; output_starts:
+    (samples + 1,) where each sample's output tokens begin among all output tokens. Samples longer
+    than max_length tokens keep their place with no tokens and are counted in `dropped`, never cut;
+    `kept` holds the indices of the others.
     """
 
     def __init__(self, samples, renderer: Renderer, max_length: int = 2048):
         streams = {name: io.BytesIO() for name in ARRAYS}
-        facts = self.write(samples, renderer, max_length, streams)
-        self._hold({name: np.frombuffer(streams[name].getbuffer(), dtype) for name, dtype in ARRAYS.items()}, facts, renderer, max_length)
+        info = self.write(samples, renderer, max_length, streams)
+        arrays = {}
+        for name, dtype in ARRAYS.items():
+            arrays[name] = np.frombuffer(streams[name].getbuffer(), dtype)
+        self._attach(arrays, info, renderer, max_length)
 
     @staticmethod
     def write(samples, renderer, max_length, streams) -> dict:
-        """Render samples one after the other into binary streams; the facts that go with them."""
-        data, dropped, ends = hashlib.sha256(), 0, np.zeros(3, np.int64)        # ends: of tokens, of output tokens, of texts
+        """Render samples one after the other into binary streams; returns what goes with them."""
+        digest = hashlib.sha256()
+        dropped = 0
+        notes = Counter()
+        ends = np.zeros(3, np.int64)                # of tokens, of output tokens, of texts
         streams["index"].write(ends.tobytes())
         samples = iter(samples)
         while group := list(itertools.islice(samples, 256)):
-            for sample, encodings in zip(group, renderer.encode_texts(group)):
-                data.update(json.dumps([(m.role, m.text, m.scored) for m in sample.messages]).encode())
-                ids, marks = renderer.render(sample.messages, encodings)
+            rendered = renderer.render_batch(group)
+            for sample, (ids, roles, sample_notes) in zip(group, rendered, strict=True):
+                scored_texts = [(m.role, m.text, m.scored) for m in sample.messages]
+                digest.update(json.dumps(scored_texts).encode())
+                native = [m.turn for m in sample.messages if m.turn is not None]
+                if native or sample.tools is not None:
+                    digest.update(json.dumps([native, sample.tools]).encode())
+                notes.update(sample_notes)
                 if len(ids) > max_length:
-                    ids, marks, dropped = [], [], dropped + 1
-                text, marks = pack(sample), np.array(marks, np.uint8)
-                ends += len(ids), np.count_nonzero(marks), len(text)
-                for name, row in (("tokens", np.array(ids, np.int32)), ("marks", marks), ("texts", text), ("index", ends)):
-                    streams[name].write(row)
-        return {"dropped": dropped,
-                "fingerprint": {"data": data.hexdigest(), "tokenizer": renderer.fingerprint, "template": renderer.template}}
+                    ids = roles = []
+                    dropped += 1
+                text = pack(sample)
+                ends += len(ids), np.count_nonzero(roles), len(text)
+                streams["tokens"].write(np.array(ids, np.int32))
+                streams["roles"].write(np.array(roles, np.uint8))
+                streams["texts"].write(text)
+                streams["index"].write(ends)
+        fingerprint = {"data": digest.hexdigest(), "tokenizer": renderer.fingerprint,
+                       "template": renderer.template}
+        return {"dropped": dropped, "notes": notes, "fingerprint": fingerprint}
 
-    def _hold(self, arrays, facts, renderer, max_length):
-        self.renderer, self.max_length, self.dropped, self.fingerprint = renderer, max_length, facts["dropped"], facts["fingerprint"]
-        starts, self.offsets, texts = arrays["index"].reshape(-1, 3).T             # offsets: of each sample's output tokens
-        self.ids, self.is_output = Rows(arrays["tokens"], starts), Rows(arrays["marks"], starts, lambda marks: marks > 0)
-        self.marks, self.samples = arrays["marks"], Rows(arrays["texts"], texts, unpack)
-        self.lengths, self.outputs = np.diff(starts), np.diff(self.offsets)         # tokens, output tokens of each sample
+    def _attach(self, arrays, info, renderer, max_length):
+        starts, self.output_starts, text_starts = arrays["index"].reshape(-1, 3).T
+        self.renderer = renderer
+        self.max_length = max_length
+        self.dropped = info["dropped"]
+        self.notes = info["notes"]                  # {what is odd: the number of such samples}
+        self.fingerprint = info["fingerprint"]
+        self.roles = arrays["roles"]                # indices into TOKEN_ROLES, of all tokens
+        self.ids = RaggedArray(arrays["tokens"], starts)
+        self.is_output = RaggedArray(self.roles, starts, view=lambda roles: roles > 0)
+        self.samples = RaggedArray(arrays["texts"], text_starts, view=unpack)
+        self.lengths = np.diff(starts)
+        self.output_counts = np.diff(self.output_starts)
         self.kept = np.flatnonzero(self.lengths)
         if not len(self.kept):
-            raise DataError(f"all {len(self.samples)} samples are longer than {max_length} tokens; raise --max-length.")
+            raise DataError(f"all {len(self.samples)} samples are longer than {max_length} tokens; "
+                            "raise --max-length.")
 
     @classmethod
-    def load(cls, paths: list[str], model_directory: str, template: str, max_length: int) -> "Dataset":
-        """All samples of some files, one file after the other, rendered with the tokenizer of a checkpoint.
+    def load(cls, paths, model_directory, template, max_length: int, native_calls=False):
+        """All samples of some files, rendered with the tokenizer of a checkpoint.
 
-        They are rendered once, into files under ~/.cache/shad-rft (or $XDG_CACHE_HOME), and found there again as long as data
-        files, tokenizer, template and max_length are the same. Several processes may call this at once: one works, the rest wait.
+        They are rendered once, into files under ~/.cache/shad-rft (or $XDG_CACHE_HOME), and found
+        there again as long as data files, tokenizer, template and max_length are the same, and made
+        again where they are damaged. Several processes may call this at once: one works, the others
+        wait. Where nothing can be written there, the samples are held in memory.
         """
-        renderer = Renderer(model_directory, template)
-        samples = itertools.chain.from_iterable(stream_samples(path, progress=True) for path in paths)
+        renderer = Renderer(model_directory, template, native_calls)
+        streams = (stream_samples(path, True, native_calls) for path in paths)
+        samples = itertools.chain.from_iterable(streams)
         files = [split_slice(path)[0] for path in paths]
-        if not all(map(os.path.isfile, files)):
-            return cls(samples, renderer, max_length)                   # the toy, or an error that names the missing file
-        import fcntl                                                    # here, since Windows lacks it
-        key = json.dumps([1, [(os.path.abspath(p), os.stat(f).st_size, os.stat(f).st_mtime_ns) for p, f in zip(paths, files)],
-                          renderer.fingerprint, renderer.template, renderer.bos, renderer.vocab_size, renderer.end, max_length])
-        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "shad-rft")
-        directory = os.path.join(root, hashlib.sha256(key.encode()).hexdigest()[:16])
-        os.makedirs(root, exist_ok=True)
-        with open(directory + ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)                            # the system lets go of it however this process ends
-            if not os.path.isdir(directory):
-                shutil.rmtree(directory + ".tmp", ignore_errors=True)   # left by a process that was killed
-                os.mkdir(directory + ".tmp")
-                try:
-                    with contextlib.ExitStack() as stack:
-                        streams = {name: stack.enter_context(open(os.path.join(directory + ".tmp", name), "wb")) for name in ARRAYS}
-                        facts = cls.write(samples, renderer, max_length, streams)
-                    with open(os.path.join(directory + ".tmp", "facts.json"), "w") as f:
-                        json.dump(facts, f)
-                    os.rename(directory + ".tmp", directory)
-                finally:
-                    shutil.rmtree(directory + ".tmp", ignore_errors=True)
-        with open(os.path.join(directory, "facts.json")) as f:
-            facts = json.load(f)
-        mapped = {name: (np.memmap(file, dtype, "r") if os.path.getsize(file) else np.zeros(0, dtype))
-                  for name, dtype in ARRAYS.items() for file in [os.path.join(directory, name)]}
+        if not all(os.path.isfile(file) for file in files):
+            return cls(samples, renderer, max_length)   # the toy; for a missing file, its error
+        directory = cache_directory(paths, files, renderer, max_length)
+        if damaged_file(directory):                     # or not there
+            try:
+                os.makedirs(os.path.dirname(directory), exist_ok=True)
+                lock_file = open(directory + ".lock", "w")  # noqa: SIM115 (closed below)
+            except OSError as e:
+                if rank_and_world()[0] == 0:
+                    print(f"{directory} cannot be written ({e.strerror}), so the samples are held "
+                          "in memory; XDG_CACHE_HOME names another place for it.", file=sys.stderr)
+                return cls(samples, renderer, max_length)
+            with lock_file:
+                lock(lock_file, wait=True)
+                if damaged_file(directory):             # no other process has made it since
+                    cls._write_cache(directory, samples, renderer, max_length)
+        with open(os.path.join(directory, "info.json"), encoding="utf-8") as file:
+            info = json.load(file)
+        arrays = {}
+        for name, dtype in ARRAYS.items():
+            path = os.path.join(directory, name)
+            empty = os.path.getsize(path) == 0          # an empty file cannot be mapped
+            arrays[name] = np.zeros(0, dtype) if empty else np.memmap(path, dtype, "r")
         dataset = cls.__new__(cls)
-        dataset._hold(mapped, facts, renderer, max_length)
+        dataset._attach(arrays, info, renderer, max_length)
         return dataset
 
+    @classmethod
+    def _write_cache(cls, directory, samples, renderer, max_length):
+        temporary = directory + ".tmp"
+        remove_folder(temporary)                        # left by a process that was killed
+        remove_folder(directory)
+        try:
+            make_folder(temporary, "data.py")
+            with contextlib.ExitStack() as stack:
+                streams = {}
+                for name in ARRAYS:
+                    path = os.path.join(temporary, name)
+                    streams[name] = stack.enter_context(open(path, "wb"))
+                info = cls.write(samples, renderer, max_length, streams)
+            with open(os.path.join(temporary, "info.json"), "w", encoding="utf-8") as file:
+                json.dump(info, file)
+            write_checksums(temporary)
+            os.rename(temporary, directory)
+        except OSError as e:
+            raise DataError(f"{directory} could not be written ({e.strerror or e}); make room, or "
+                            "let XDG_CACHE_HOME name a folder that has it.") from None
+        finally:
+            remove_folder(temporary)
+
     def true_roles(self) -> dict[str, np.ndarray] | None:
-        """{role: (output tokens,) bool, in data order}, or None where the true role of any output token is unknown."""
-        marks = self.marks[self.marks > 0]
-        return None if (marks == 1).any() else {role: marks == mark for mark, role in enumerate(MARKS) if mark > 1}
+        """{role: (output tokens,) bool, in data order}; None where any token's role is unknown."""
+        roles = self.roles[self.roles > 0]
+        if (roles == TOKEN_ROLES.index("output")).any():
+            return None
+        return {name: roles == TOKEN_ROLES.index(name) for name in TOKEN_ROLES[2:]}
 
     def describe(self) -> str:
-        tokens, outputs = int(self.lengths.sum()), int(self.offsets[-1])
-        return (f"{len(self.kept):,} samples, {tokens:,} tokens, {outputs:,} of them output ({outputs / tokens:.0%}); "
-                f"template {self.renderer.template}"
-                + (f"; {self.dropped:,} longer than {self.max_length} tokens dropped" if self.dropped else ""))
+        tokens = int(self.lengths.sum())
+        outputs = int(self.output_starts[-1])
+        text = (f"{len(self.kept):,} samples, {tokens:,} tokens, "
+                f"{outputs:,} of them output ({outputs / tokens:.0%}); "
+                f"template {self.renderer.template}")
+        if self.dropped:
+            text += f"; {self.dropped:,} longer than {self.max_length} tokens dropped"
+        for note, count in self.notes.items():
+            text += f"\n  in {count:,} of them {note}"
+        return text
 
 
-def collate(dataset: Dataset, indices, differences: np.ndarray | None = None, device="cpu"):
-    """Right-padded tensors of some samples: tokens (B, T) and targets (B, T) int64, already shifted, -100 where not
-    scored; LD (B, T) float32, from `differences`, those of all output tokens in data order (default: 0). Of no samples: one
-    token with nothing to score, for a rank that has no work where others do."""
-    B, T = max(1, len(indices)), max((int(dataset.lengths[i]) for i in indices), default=2) - 1
-    tokens, targets = np.zeros((B, T), np.int64), np.full((B, T), -100, np.int64)
-    LD = np.zeros((B, T), np.float32)
-    for b, i in enumerate(indices):
-        ids, out, n = dataset.ids[i], dataset.is_output[i][1:], int(dataset.lengths[i]) - 1
-        tokens[b, :n] = ids[:-1]
-        targets[b, :n] = np.where(out, ids[1:], -100)
-        if differences is not None:
-            LD[b, :n][out] = differences[dataset.offsets[i]:dataset.offsets[i + 1]]
-    return tuple(torch.from_numpy(x).to(device, non_blocking=True) for x in (tokens, targets, LD))
+def cache_directory(paths, files, renderer, max_length) -> str:
+    """Where the rendered samples are kept: its name is a hash of all that they depend on."""
+    states = []
+    for path, file in zip(paths, files, strict=True):
+        state = os.stat(file)
+        states.append((os.path.abspath(path), state.st_size, state.st_mtime_ns))
+    key = json.dumps([4, states, renderer.fingerprint, renderer.template, renderer.bos,
+                      renderer.vocab_size, renderer.end, max_length])
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(cache, "shad-rft", hashlib.sha256(key.encode()).hexdigest()[:16])
 
 
-def epoch_batches(lengths: np.ndarray, indices: np.ndarray, batch_tokens: int, seed: int, epoch: int = 0) -> list[np.ndarray]:
-    """The global batches of one epoch: arrays of sample indices, at most batch_tokens tokens each (a longer sample stands alone).
+# --------------------------------------------------------------------------------------------------
+# Batches
 
-    A function of the data, the seed and batch_tokens alone. Similar lengths go together, to keep padding small: the shuffled
-    samples are sorted in pools of 32 batches, cut into batches, and the batches shuffled.
+def epoch_batches(lengths, indices, batch_tokens: int, seed: int, epoch: int = 0):
+    """The global batches of one epoch, a list of arrays of sample indices.
+
+    Each has at most batch_tokens tokens (a longer sample is a batch of its own). They depend only
+    on the data, the seed and batch_tokens. Similar lengths go together, to keep padding small: the
+    shuffled samples are sorted in pools of 32 batches, cut into batches, and the batches shuffled.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(indices)
@@ -177,27 +257,110 @@ def epoch_batches(lengths: np.ndarray, indices: np.ndarray, batch_tokens: int, s
     batches = []
     for i in range(0, len(order), pool):
         some = order[i:i + pool]
-        batches += cut(some[np.argsort(-lengths[some], kind="stable")], lengths, batch_tokens, padded=False)
+        by_length = some[np.argsort(-lengths[some], kind="stable")]
+        batches += split_by_tokens(by_length, lengths, batch_tokens, padded=False)
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def cut(indices: np.ndarray, lengths: np.ndarray, budget: int, padded: bool = True) -> list[np.ndarray]:
-    """Cut samples, sorted by falling length, into arrays of at most `budget` tokens each, counted with their padding or without."""
-    bounds, used, count, widest = [0], 0, 0, 0
-    for i, length in enumerate(lengths[indices].tolist()):
-        count, used, widest = count + 1, used + length, max(widest, length)
-        if count > 1 and (count * widest if padded else used) > budget:
-            bounds.append(i)
-            count, used, widest = 1, length, length
-    return [indices[a:b] for a, b in zip(bounds, [*bounds[1:], len(indices)])] if len(indices) else []
+def micro_batches(batch, lengths, micro_tokens: int, rank: int = 0, world: int = 1):
+    """This rank's share of a global batch, a list of arrays of sample indices.
 
-
-def micro_batches(batch, lengths, micro_tokens: int, rank: int = 0, world: int = 1) -> list[np.ndarray]:
-    """This rank's share of a global batch, cut into micro-batches of at most micro_tokens tokens, padding included.
-
-    Every rank gets as many of them, some perhaps empty: ranks that hold a model together must go through it together.
+    Each has at most micro_tokens tokens, padding included. Every rank gets the same number of them,
+    possibly with empty ones at the end: ranks that share a sharded model must run forward together.
     """
     batch = np.sort(np.asarray(batch))
     by_length = batch[np.argsort(-lengths[batch], kind="stable")]
-    shares = [cut(by_length[r::world], lengths, micro_tokens) for r in range(world)]
-    return shares[rank] + [by_length[:0]] * (max(map(len, shares)) - len(shares[rank]))
+    shares = [split_by_tokens(by_length[r::world], lengths, micro_tokens) for r in range(world)]
+    most = max(len(share) for share in shares)
+    return shares[rank] + [by_length[:0]] * (most - len(shares[rank]))
+
+
+def split_by_tokens(indices, lengths, budget: int, padded: bool = True) -> list[np.ndarray]:
+    """Split samples, sorted by falling length, into arrays of at most `budget` tokens each.
+
+    padded: a sample counts as many tokens as the longest in its array.
+    """
+    if not len(indices):
+        return []
+    bounds = []
+    count = tokens = longest = 0
+    for i, length in enumerate(lengths[indices].tolist()):
+        count += 1
+        tokens += length
+        longest = max(longest, length)
+        size = count * longest if padded else tokens
+        if count > 1 and size > budget:
+            bounds.append(i)
+            count = 1
+            tokens = longest = length
+    return np.split(indices, bounds)
+
+
+def collate(dataset: Dataset, indices, labels=None, device="cpu"):
+    """(tokens, targets, the targets' labels) of some samples, right-padded, (B, T) each.
+
+    tokens, targets: int64. targets[b, t] is the token after tokens[b, t], or -100 where that is
+    input or padding. labels: is_reasoning of all output tokens, such that labels[a:b] is that of
+    output tokens a to b of the dataset; the targets' labels are False where there is none. Without
+    samples: one row of one unscored token, for a rank that has no work while others do.
+    """
+    B = max(1, len(indices))
+    T = max((int(dataset.lengths[i]) for i in indices), default=2) - 1
+    tokens = np.zeros((B, T), np.int64)
+    targets = np.full((B, T), -100, np.int64)
+    target_labels = np.zeros((B, T), bool if labels is None else labels[:0].dtype)
+    for b, i in enumerate(indices):
+        ids = dataset.ids[i]
+        is_output = dataset.is_output[i][1:]
+        n = len(ids) - 1
+        tokens[b, :n] = ids[:-1]
+        targets[b, :n] = np.where(is_output, ids[1:], -100)
+        if labels is not None:
+            first = dataset.output_starts[i]
+            end = dataset.output_starts[i + 1]
+            target_labels[b, :n][is_output] = labels[first:end]
+    arrays = (tokens, targets, target_labels)
+    return tuple(torch.from_numpy(x).to(device, non_blocking=True) for x in arrays)
+
+
+# --------------------------------------------------------------------------------------------------
+# The script: show what is trained on
+
+@dataclass
+class Options:
+    model: str = option("", "a Hugging Face directory or hub id, for its tokenizer", required=True)
+    data: list = option([], "data files; a slice may follow: train.json[:300]", required=True)
+    show: int = option(3, "samples to print")
+    json: bool = option(False, "print one line per sample instead: id, token ids, and which of "
+                               "them are output")
+    template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
+                                   "tokenizer has its tokens, else plain",
+                           choices=["auto", "chatml", "plain"])
+    native_calls: bool = option(False, "send APIGen's and ShareGPT's calls through the "
+                                       "checkpoint's own chat template, as tool calls; "
+                                       "else they are text")
+    max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
+
+
+def main():
+    options = parse_options(Options, __doc__)
+    dataset = Dataset.load(options.data, resolve(options.model), options.template,
+                           options.max_length, options.native_calls)
+    if options.json:
+        for i in dataset.kept:
+            row = {"id": dataset.samples[i].id, "ids": dataset.ids[i].tolist(),
+                   "output": dataset.is_output[i].tolist()}
+            print(json.dumps(row))
+        return
+    lengths = dataset.lengths[dataset.kept]
+    print(dataset.describe())
+    print(f"tokens per sample: {lengths.min()} to {lengths.max()}, median {np.median(lengths):.0f}")
+    for i in dataset.kept[:options.show]:
+        sample = dataset.samples[i]
+        print(f"\n--- {ascii(sample.id)[1:-1]}: {dataset.lengths[i]} tokens, "
+              f"{dataset.output_counts[i]} of them output")
+        print(highlighted(dataset.renderer, sample, colour=sys.stdout.isatty()))
+
+
+if __name__ == "__main__":
+    run_script(main, CheckpointError)

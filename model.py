@@ -12,6 +12,7 @@ exists while training: a real token never sees padding, and SDPA stays on its fa
 import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
@@ -33,7 +34,18 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
 # keys that change what a model computes, and the only values that this file implements
 SUPPORTED_VALUES = {"hidden_act": ("silu",), "attention_dropout": (0, None),
                     "pretraining_tp": (1, None), "partial_rotary_factor": (1, None),
-                    "quantization_config": (None,)}
+                    "quantization_config": (None,),
+                    "torch_dtype": ("float32", "bfloat16", "float16", "float64", None)}
+SUPPORTED_VALUES["dtype"] = SUPPORTED_VALUES["torch_dtype"]
+# the lowest and highest value of every number, which is of their type; null only where None follows
+LIMITS = {"vocab_size": (1, 2**24), "hidden_size": (1, 2**18), "intermediate_size": (1, 2**20),
+          "num_hidden_layers": (1, 2**10), "num_attention_heads": (1, 2**12),
+          "num_key_value_heads": (1, 2**12, None), "head_dim": (2, 2**12, None),
+          "max_position_embeddings": (1, 2**31), "sliding_window": (1, 2**31, None),
+          "rms_norm_eps": (0.0, 1.0), "rope_theta": (1.0, 1e15), "initializer_range": (0.0, 1e3),
+          "tie_word_embeddings": (False, True), "attention_bias": (False, True),
+          "mlp_bias": (False, True)}
+ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 REQUIRED_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                  "num_attention_heads", "model_type")
 
@@ -63,8 +75,18 @@ class Config:
         if self.model_type not in ARCHITECTURES:
             raise CheckpointError(f"model_type {self.model_type!r} is not supported; "
                                   f"this file implements {', '.join(ARCHITECTURES)}.")
+        numbers = [(key, getattr(self, key), *LIMITS[key]) for key in LIMITS]
+        if self.rope_scaling:
+            numbers += [(key, self.rope_scaling.get(key), 1e-3, 2.0**31) for key in ROPE_KEYS]
+        for key, value, low, high, *null in numbers:
+            typed = type(value) is type(low) or (type(low) is float and type(value) is int)
+            if value not in null and not (typed and low <= value <= high):
+                raise CheckpointError(f"{key}={value!r} in config.json: it must be "
+                                      f"{type(low).__name__}, from {low} to {high}.")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise CheckpointError(f"a head_dim of {self.head_dim} has no two halves to rotate.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -85,7 +107,7 @@ class Config:
         for key, supported in SUPPORTED_VALUES.items():
             if hf.get(key, supported[0]) not in supported:
                 raise CheckpointError(f"{key}={hf[key]!r} in config.json is not supported; "
-                                      f"only {supported[0]!r} is.")
+                                      f"{' or '.join(map(repr, supported))} is.")
         missing = [key for key in REQUIRED_KEYS if key not in hf]
         if missing:
             raise CheckpointError(f"config.json lacks {', '.join(missing)}.")
@@ -142,8 +164,9 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         if not x.is_cuda:
             return _RMSNorm.apply(x, self.weight, self.eps)
-        y = F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)  # one kernel there
-        return y.to(_product_dtype(x))          # once, not in each of the layers that follow
+        # torch's own is one kernel there; cast once, not in each of the layers that follow
+        y = F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)
+        return y.to(_product_dtype(x))
 
 
 class Attention(nn.Module):
@@ -171,38 +194,39 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.append(self, k, v)
-        if mask is None:
-            y = causal_attention(q, k, v)
-        else:       # decoding, T = 1: heads that share a key take the place of T: it is read once
+        if mask is not None:
+            # decoding, T = 1: query heads that share a key fill the T axis, so it is read once
             q = q.reshape(B, k.shape[1], -1, self.head_dim)             # (B, n_kv, group, head_dim)
-            y = F.scaled_dot_product_attention(q, k, v, mask)
+        if mask is None and q.dtype == torch.bfloat16 and not q.is_cuda:
+            y = causal_attention(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                               enable_gqa=q.shape[1] != k.shape[1])
         y = y.reshape(B, -1, T, self.head_dim).transpose(1, 2)          # (B, T, n_head, head_dim)
         return self.o_proj(y.reshape(B, T, -1))                         # (B, T, H)
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int = 192):
-    """softmax(q k^T / sqrt(head_dim)) v over keys that are not later; returns the shape of q.
+    """Causal attention by plain products, which CPUs do faster in bf16 than SDPA's kernel.
 
-    q: (B, n_head, T, head_dim). k, v: (B, n_kv, T, head_dim). In bf16, CPUs are faster by plain
-    products than by SDPA's kernel: a block of queries at a time, scored again in backward.
+    q: (B, n_head, T, head_dim). k, v: (B, n_kv, T, head_dim). Returns the shape of q. Only a block
+    of queries is scored at a time, with the keys up to it, and scored again in backward.
     """
-    if q.is_cuda or q.dtype != torch.bfloat16 or torch.compiler.is_compiling():
-        gqa = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-
     def attend(q, k, v):
-        later = torch.full((q.shape[2], k.shape[1]), -math.inf, dtype=q.dtype)
-        later = later.triu(k.shape[1] - q.shape[2] + 1).repeat(q.shape[1], 1)
+        queries, keys = q.shape[2], k.shape[1]
+        later = torch.full((queries, keys), -math.inf, dtype=q.dtype).triu(keys - queries + 1)
+        later = later.repeat(q.shape[1], 1)                             # (group*queries, keys)
         scores = torch.baddbmm(later, q.flatten(1, 2), k.mT, alpha=q.shape[3] ** -0.5)
         return (scores.softmax(-1) @ v).view(q.shape)
 
-    k = k.flatten(0, 1)                                                 # (B*n_kv, T, head_dim)
-    v = v.flatten(0, 1)
-    y = []
-    for queries in q.reshape(len(k), -1, *k.shape[1:]).split(block, dim=2):
-        end = len(y) * block + queries.shape[2]
-        y.append(checkpointed(attend, queries, k[:, :end], v[:, :end]))
-    return torch.cat(y, dim=2).view(q.shape)
+    B, n_kv, T, head_dim = k.shape
+    k = k.reshape(B * n_kv, T, head_dim)
+    v = v.reshape(B * n_kv, T, head_dim)
+    outputs = []
+    for queries in q.reshape(B * n_kv, -1, T, head_dim).split(block, dim=2):
+        end = len(outputs) * block + queries.shape[2]
+        outputs.append(checkpointed(attend, queries, k[:, :end], v[:, :end]))
+    return torch.cat(outputs, dim=2).view(q.shape)                      # (B, n_head, T, head_dim)
 
 
 class MLP(nn.Module):
@@ -227,7 +251,7 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, cos, sin, rows=None, cache=None, recompute=False):
-        if cache is not None:                   # never compiled, since the cache grows
+        if cache is not None:   # not self.attend_and_mlp, which may be compiled: the cache grows
             return Block.attend_and_mlp(self, x, cos, sin, rows, cache)
         if recompute:
             return checkpointed(self.attend_and_mlp, x, cos, sin, rows)
@@ -235,7 +259,7 @@ class Block(nn.Module):
 
     def attend_and_mlp(self, x, cos, sin, rows=None, cache=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        if rows is not None:        # after the last attention tokens no longer mix: go on with some
+        if rows is not None:        # after the last attention tokens no longer mix: keep these only
             x = x.flatten(0, 1)[rows]                                   # (n, H)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -309,19 +333,19 @@ class Transformer(nn.Module):
         FSDP2's fully_shard, say). No rank then ever holds more than its share and one tensor.
         """
         path = resolve(path_or_hub_id)
+        hf = read_json(os.path.join(path, "config.json"))
         try:
-            with open(os.path.join(path, "config.json"), encoding="utf-8") as f:
-                config = Config.from_hf(json.load(f))
-        except json.JSONDecodeError as e:
-            raise CheckpointError(f"{path}/config.json, line {e.lineno}, is not JSON ({e.msg}); "
-                                  "copy it again.") from None
-        except CheckpointError as e:
+            config = Config.from_hf(hf)
+        except (ValueError, TypeError, AttributeError) as e:
             raise CheckpointError(f"{path}: {e}") from None
         with torch.device("meta"):                  # shapes without storage
             model = cls(config).to(dtype)
         if shard is not None:
             shard(model)
-        model.to_empty(device=device)
+        try:
+            model.to_empty(device=device)
+        except RuntimeError as e:
+            raise CheckpointError(f"{path}: no room for its parameters ({e}).") from None
         model.load_weights(path)
         return model
 
@@ -334,8 +358,7 @@ class Transformer(nn.Module):
             except CheckpointError:
                 raise
             except Exception as e:                  # safetensors has its own type; OSError; others
-                raise CheckpointError(f"{file} cannot be read ({e}); it may be cut short: "
-                                      "copy it again.") from None
+                raise unreadable(file, e) from None
             absent = [name for name in absent if name not in loaded]
         if absent:
             raise CheckpointError(f"{path} lacks {len(absent)} parameters, the first {absent[0]}.")
@@ -346,6 +369,7 @@ class Transformer(nn.Module):
 
         dtype: of the files, by default the parameters' own. Only rank 0 writes, one file's tensors
         at a time; if the model is sharded, all ranks must call this to gather its parameters.
+        Raises CheckpointError or OSError, on rank 0, where it cannot write.
         """
         dtype = dtype or next(self.parameters()).dtype
         writes = not dist.is_initialized() or dist.get_rank() == 0
@@ -353,6 +377,7 @@ class Transformer(nn.Module):
             os.makedirs(path, exist_ok=True)
         files = plan_files(self, dtype, max_shard_bytes)
         weight_map = {}
+        failure = None
         for file, parameters in files.items():
             tensors = {}
             for name, p in parameters.items():
@@ -360,11 +385,16 @@ class Transformer(nn.Module):
                 full = gather_full(p)               # by all ranks; all but rank 0 drop it at once
                 if writes:
                     tensors[name] = full.detach().to("cpu", dtype).contiguous()
-            if writes:
-                temporary = os.path.join(path, file + ".tmp")
-                save_file(tensors, temporary, metadata={"format": "pt"})
-                os.chmod(temporary, 0o644)          # safetensors lets only its owner read it
-                os.replace(temporary, os.path.join(path, file))
+            temporary = os.path.join(path, file + ".tmp")
+            try:
+                if writes and not failure:
+                    save_file(tensors, temporary, metadata={"format": "pt"})
+                    os.chmod(temporary, 0o644)      # safetensors lets only its owner read it
+                    os.replace(temporary, os.path.join(path, file))
+            except Exception as e:                  # a full disk; the other ranks gather on
+                failure = f"{path}/{file} could not be written ({e})."
+        if failure:
+            raise CheckpointError(failure)
         if writes and len(files) > 1:
             size = sum(p.numel() for p in self.parameters()) * dtype.itemsize
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
@@ -378,7 +408,7 @@ def resolve(name: str) -> str:
     """The local directory of a checkpoint; a hub id is downloaded. Raises CheckpointError."""
     if os.path.isfile(os.path.join(name, "config.json")):
         return name
-    if os.path.exists(name) or name.count("/") != 1 or name[0] in "./~":
+    if os.path.exists(name) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name} is not a model: no config.json there. Give a Hugging Face "
                               "directory or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct.")
     try:
@@ -398,9 +428,28 @@ def checkpoint_files(path: str) -> list[str]:
     if not os.path.isfile(index):
         raise CheckpointError(f"{path} holds no model.safetensors (nor its index); "
                               "convert older .bin weights first.")
-    with open(index, encoding="utf-8") as f:
-        names = set(json.load(f)["weight_map"].values())
+    weight_map = read_json(index).get("weight_map")
+    names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    if not names or any(os.path.basename(name) != name for name in names):
+        raise CheckpointError(f"{index}: weight_map names no files of this folder; copy it again.")
     return [os.path.join(path, name) for name in sorted(names)]
+
+
+def read_json(path: str) -> dict:
+    """The JSON object in a file. Raises CheckpointError."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return dict(json.load(f))
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise unreadable(path, e) from None
+
+
+def unreadable(path: str, error) -> CheckpointError:
+    """What to say of a file that cannot be read."""
+    with suppress(OSError), open(path, "rb") as f:
+        if f.read(30).startswith(b"version https://git-lfs"):
+            error = "it is a git-lfs pointer: run git lfs pull"
+    return CheckpointError(f"{path} cannot be read ({error}); it may be cut short: copy it again.")
 
 
 def load_file(model: Transformer, file: str) -> set[str]:
@@ -420,9 +469,14 @@ def load_file(model: Transformer, file: str) -> set[str]:
             if shape != parameters[name].shape:
                 raise CheckpointError(f"{file}: {name} has shape {shape}, "
                                       f"config.json asks for {tuple(parameters[name].shape)}.")
+            if stored.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                raise CheckpointError(f"{file}: {name} is quantized to {stored.get_dtype()}, "
+                                      "which is not supported.")
             local, start = local_shard(parameters[name])
             if len(local):
                 local.copy_(stored[start:start + len(local)])
+                if not torch.stack(local.aminmax()).isfinite().all():
+                    raise CheckpointError(f"{file}: {name} holds numbers that are not finite.")
             loaded.add(name)
     return loaded
 
@@ -444,8 +498,9 @@ def plan_files(model: Transformer, dtype: torch.dtype, max_bytes: int) -> dict[s
 
 
 def write_json(path: str, content) -> None:
+    content = json.loads(json.dumps(content), parse_constant=lambda _: None)    # JSON has no NaN
     with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        f.write(json.dumps(content, indent=2) + "\n")
     os.replace(path + ".tmp", path)
 
 
@@ -463,7 +518,7 @@ def local_shard(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return tensor.to_local().detach(), min(start, len(tensor))
 
 
-# ---- Hand-written backward passes. Each lifts out of this file with `import torch` alone. ------
+# ---- Hand-written backward passes. To copy one, take it with `import math` and `import torch`. --
 class _RMSNorm(torch.autograd.Function):
     """y = n * weight, n = x / sqrt(mean(x^2) + eps), in float32 or wider. Saves x and 1 / sqrt."""
 
@@ -498,7 +553,7 @@ def fused_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: tor
     Two passes of the head instead of one: RFT weighs tokens by their losses, so the gradients
     cannot be made during forward (Liger's trick); backward recomputes each chunk's logits. Cost:
     8 N V H floating-point operations, where N counts only the scored tokens, against 6 N V H for
-    the plain way over all tokens, and one chunk of logits instead of ~13 N V bytes.
+    naive logits of all tokens, and the memory of one chunk of logits instead of ~13 N V bytes.
 
     Losses are float32 whatever the inputs, since SHAD subtracts two of them: rounding logits to
     bf16 costs 0.02 nats. torch >= 2.13 has `F.linear_cross_entropy`; with reduction="none" it
@@ -523,15 +578,22 @@ def _product_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def _logits_factor(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x as a factor of logits, which are float32: CUDA multiplies bf16 into it, CPUs float32."""
+    if x.is_cuda and torch.__version__ >= "2.8":    # a TorchVersion: compares as numbers
+        return x.to(dtype)
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out = a @ b, summed and returned in the dtype of out, never rounded to bf16 on the way."""
-    if a.is_cuda and a.dtype != out.dtype and torch.__version__ >= "2.8":   # compares as numbers
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+    """out = a @ b, in the dtype of out."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 def _add_mm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b. On CPUs a product in bf16 is rounded to it, but never the total."""
+    """total += a @ b: a product in bf16 may be rounded, but the sum is not."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda and torch.__version__ >= "2.10":
@@ -544,18 +606,16 @@ class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, ignore_index):
         ctx.dtype = _product_dtype(hidden)
-        wide = torch.promote_types(ctx.dtype, torch.float32)
-        ctx.logits_dtype = ctx.dtype if hidden.is_cuda else wide        # of their factors
         with torch.autocast(hidden.device.type, enabled=False):
             scored = (targets != ignore_index).nonzero().squeeze(1)     # (n,) rows that are scored
-            w = weight.to(ctx.logits_dtype)                             # (V, H)
-            lse = w.new_empty(len(scored), dtype=wide)
+            w = _logits_factor(weight, ctx.dtype)                       # (V, H)
+            lse = w.new_empty(len(scored), dtype=torch.promote_types(w.dtype, torch.float32))
             buffer = lse.new_empty(_chunk_rows(w), len(w))
             losses = hidden.new_zeros(len(hidden), dtype=torch.float32)
             for i in range(0, len(scored), len(buffer)):
                 chunk = slice(i, i + len(buffer))
                 rows = scored[chunk]
-                h = hidden[rows].to(ctx.logits_dtype)
+                h = _logits_factor(hidden[rows], ctx.dtype)
                 logits = _mm(h, w.T, out=buffer[:len(rows)])            # (chunk, V) float32
                 target_logit = logits.gather(1, targets[rows, None]).squeeze(1)
                 peak = logits.amax(1)
@@ -572,13 +632,13 @@ class _FusedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if need_weight else None    # fp32
         with torch.autocast(hidden.device.type, enabled=False):
-            w = weight.to(ctx.logits_dtype)
+            w = _logits_factor(weight, ctx.dtype)
             narrow_w = w.to(ctx.dtype)
             buffer = lse.new_empty(_chunk_rows(w), len(w))
             for i in range(0, len(scored), len(buffer)):
                 chunk = slice(i, i + len(buffer))
                 rows = scored[chunk]
-                h = hidden[rows].to(ctx.logits_dtype)
+                h = _logits_factor(hidden[rows], ctx.dtype)
                 d = _mm(h, w.T, out=buffer[:len(rows)]).sub_(lse[chunk, None]).exp_()   # softmax
                 d[torch.arange(len(rows), device=d.device), targets[rows]] -= 1         # - onehot
                 d = d.to(ctx.dtype)                                     # (chunk, V), cast once

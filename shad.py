@@ -1,128 +1,319 @@
-"""SHAD, the Shuffle-Aware Discriminator: which output tokens are reasoning, which are boilerplate?
+"""SHAD, the Shuffle-Aware Discriminator: which output tokens are reasoning, which boilerplate?
 
-    python shad.py --model DIR_OR_HUB_ID --data train.json --out labels        # writes labels.safetensors + labels.html
+    python shad.py --model DIR_OR_HUB_ID --data train.json --out labels
     torchrun --nproc_per_node 8 shad.py --model ... --data a.json b.json --out labels
-    python shad.py --model toy --data toy[:300] --out labels --shuffle 100 --lr 1e-3 --epochs 4     # seconds, offline
+    python shad.py --model toy --data toy[:300] --out labels --shuffle 100 --lr 1e-3 --epochs 4
+
+The last takes seconds, offline. Writes labels.safetensors, labels.html and summary.json; with
+--export also a JSON Lines file for other trainers.
 
 Ye et al. 2024 (arXiv 2412.14780), three steps:
   1. shuffle   which output belongs to which input, in a small part of the data;
-  2. tune      a copy of the model on it: it can now only learn what is predictable without the input;
-  3. classify  every output token of the unshuffled data by its loss difference LD = loss_tuned - loss_base:
-               LD <= 0: boilerplate, still predictable without its input;  LD > 0: reasoning, tied to it.
+  2. tune      a copy of the model on it: it can now only learn what is predictable without the
+               input;
+  3. classify  every output token of the unshuffled data by its loss difference
+               LD = loss_tuned - loss_base:
+               LD <= 0: boilerplate, still predictable without its input;
+               LD > 0: reasoning, tied to it.
 """
-import html
+import itertools
 import json
 import os
 import random
 import re
 import shlex
-import shutil
+import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+if __name__ == "__main__":      # Ctrl-C while torch is imported ends it without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save
 from tqdm import tqdm
 
-from data import (DataError, Dataset, collate, draw, epoch_batches, load_labels, micro_batches, option, parse_options, run_script,
-                  save_labels, shuffle_outputs)
-from model import (CheckpointError, Transformer, barrier, clip_gradients, init_distributed, mixed_precision,
-                   rank_and_world, resolve, sum_gradients, sum_over_ranks, wants_shards, write_json)
+from data import Dataset, collate, epoch_batches, micro_batches
+from model import CheckpointError, Transformer, resolve
+from support.checkpoints import on_stop
+from support.cli import DataError, option, parse_options, run_script
+from support.distributed import (
+    all_reduce_gradients,
+    barrier,
+    clip_gradients,
+    init_distributed,
+    mixed_precision,
+    not_finite,
+    on_rank_0,
+    rank_and_world,
+    shard_model,
+    should_shard,
+    sum_over_ranks,
+)
+from support.export import export_labels
+from support.files import claim, damaged_file, release, remove_folder, replacing, write_json
+from support.label_report import format_summary, labels_page, output_pieces, summarize
+from support.parts import (
+    load_part,
+    missing_parts,
+    open_work_dir,
+    save_part,
+    save_tuned_model,
+    stop_at_once,
+)
+from support.readers import Sample
+from support.report import write_page
 
 
 @dataclass
 class Options:
     model: str = option("", "base model: a Hugging Face directory or hub id", required=True)
-    data: list = option([], "training data, one or more files; a slice may follow: train.json[:300]", required=True)
+    data: list = option([], "training data, one or more files; a slice may follow: "
+                            "train.json[:300]", required=True)
     out: str = option("", "directory for labels.safetensors and labels.html", required=True)
+    export: str = option(None, "also write the labels to this JSON Lines file, for other trainers; "
+                               "labels that --out holds already are exported as they are")
     # shuffle
-    shuffle: float = option(0.01, "share of the samples to shuffle, but no fewer than 96 if there are; above 1: how many")
-    # tune: more than one epoch made it worse on a real model, whose outputs are then learned by heart
-    epochs: int = option(1, "epochs over the shuffled samples", low=1)
-    lr: float = option(2e-5, "learning rate of the discriminator, falling linearly to 0")
-    batch_tokens: int = option(4096, "tokens of a global batch", low=1)
-    micro_tokens: int = option(4096, "tokens of one forward on one rank, padding included", low=1)
+    shuffle: float = option(0.01, "share of the samples to shuffle, but no fewer than 96 if there "
+                                  "are as many; above 1: how many; at most nine tenths of all")
+    # tune
+    epochs: int = option(4, "epochs over the shuffled samples", low=1, high=1000)
+    reshuffle: str = option("yes", "shuffle their outputs again in every epoch, so that none can "
+                                   "be learned by heart", choices=["yes", "no"])
+    lr: float = option(1e-4, "learning rate of the discriminator, falling linearly to 0")
+    batch_tokens: int = option(4096, "tokens per global batch", low=1)
+    micro_tokens: int = option(4096, "tokens per forward on one rank, padding included", low=1)
     # classify
-    threshold: float = option(0.0, "loss difference above which a token is reasoning, in nats; kept beside the labels", low=float("-inf"))
+    threshold: float = option(0.0, "loss difference above which a token is reasoning, in nats; "
+                                   "kept with the labels", low=-2**32)
+    unit: str = option("token", "what is labelled; word: every token of a word gets the word's "
+                                "largest loss difference", choices=["token", "word"])
     max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
-    template: str = option("auto", "chat template", choices=["auto", "chatml", "plain"])
-    shard: str = option("auto", "split the model over the ranks (FSDP2); auto: with several GPUs", choices=["auto", "yes", "no"])
+    template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
+                                   "tokenizer has its tokens, else plain",
+                           choices=["auto", "chatml", "plain"])
+    native_calls: bool = option(False, "send APIGen's and ShareGPT's calls through the "
+                                       "checkpoint's own chat template, as tool calls; "
+                                       "else they are text")
+    shard: str = option("auto", "split the model over the ranks (FSDP2); auto: with several GPUs",
+                        choices=["auto", "yes", "no"])
+    dtype: str = option("auto", "precision of matrix products; auto: bfloat16 where the CPU or GPU "
+                                "multiplies it natively, else float32",
+                        choices=["auto", "float32", "bfloat16"])
     seed: int = option(0, "seed of the shuffle and of the batch order")
 
 
-def token_losses(model: Transformer, dataset: Dataset, micro_tokens: int, title: str, directory: str | None = None):
-    """The loss of every output token of a dataset, (output tokens,) float32 in nats, in data order; ranks share the work.
+FILES = ("labels.safetensors", "labels.html", "summary.json", "parts")      # what is made in OUT
 
-    The data is cut into parts that do not depend on the number of ranks, so neither do the losses. With a directory every part
-    becomes a file there once it is done, parts that exist already are not computed again, and only rank 0 is given the losses.
+
+# --------------------------------------------------------------------------------------------------
+# Step 1: shuffle which output belongs to which input
+
+def shuffle_outputs(samples: list[Sample], fraction: float, seed: int):
+    """Draw a fraction of the samples and permute the outputs among them.
+
+    No output stays with its own input; inputs stay where they are. The output turns of one
+    conversation may go to different ones. fraction: in (0, 1]; at least 2 samples are drawn.
+    Returns (the shuffled samples, the indices that were drawn). Raises DataError for fewer than
+    2 samples.
     """
-    (rank, world), device = rank_and_world(), model.head.device
-    ends = np.cumsum(dataset.lengths[dataset.kept])
-    part_tokens = max(8 * micro_tokens, ends[-1] // 1000)                           # at most about 1,000 parts
-    parts = np.split(dataset.kept, np.flatnonzero(np.diff(ends // part_tokens)) + 1)    # cut where `ends` passes a multiple
-    file = lambda p: os.path.join(directory, f"{p:04}.npy")
-    exists = torch.zeros(len(parts), device=device)
-    if directory and rank == 0:                                                     # one rank looks, or ranks might differ
-        os.makedirs(directory, exist_ok=True)
-        exists += torch.tensor([float(os.path.exists(file(p))) for p in range(len(parts))], device=device)
-    sum_over_ranks(exists)
-    todo = np.flatnonzero(exists.cpu().numpy() == 0)
-    losses = np.zeros(0 if directory else dataset.offsets[-1], np.float32)
-    tokens_of = lambda samples: int(dataset.lengths[samples].sum())
-    bar = tqdm(total=int(ends[-1]), initial=int(ends[-1]) - sum(tokens_of(parts[p]) for p in todo), desc=title, unit="token",
-               unit_scale=True, disable=rank > 0)
-    for first in range(0, len(todo), world):
-        plans = [micro_batches(parts[p], dataset.lengths, micro_tokens) for p in todo[first:first + world]]
-        plans += [[]] * (world - len(plans))
-        each = {}
-        for k in range(max(map(len, plans))):           # as many forwards on every rank, since sharded ranks work together
-            indices = plans[rank][k] if k < len(plans[rank]) else []
-            tokens, targets, _ = collate(dataset, indices, device=device)
-            with torch.no_grad(), mixed_precision(device):
-                rows = model(tokens, targets)                                                   # (B, T)
-            each |= {i: row[target != -100].cpu() for i, row, target in zip(indices, rows, targets)}
-            bar.update(sum(tokens_of(plan[k]) for plan in plans if k < len(plan)))
-        if each:
-            p, done = todo[first + rank], torch.cat([each[i] for i in sorted(each)]).numpy()
-            if directory:
-                with open(file(p) + ".tmp", "wb") as f:
-                    np.save(f, done)
-                os.replace(file(p) + ".tmp", file(p))
-            else:
-                losses[dataset.offsets[parts[p][0]]:dataset.offsets[parts[p][-1] + 1]] = done
-    bar.close()
-    if hasattr(model, "reshard"):                       # FSDP's root stays whole until a backward, and an optimizer made now
-        model.reshard()                                 # would hold copies of its parameters, not the shards
+    if len(samples) < 2:
+        raise DataError(f"shuffling outputs needs at least 2 samples, not {len(samples)}.")
+    rng = random.Random(seed)
+    count = min(len(samples), max(2, round(fraction * len(samples))))
+    drawn = rng.sample(range(len(samples)), count)
+    chosen = [samples[i] for i in drawn]
+
+    turns_by_sample = []                        # per sample: [(sample, message), ...]
+    for s, sample in enumerate(chosen):
+        turns = [(s, m) for m, message in enumerate(sample.messages) if message.is_output]
+        rng.shuffle(turns)
+        turns_by_sample.append(turns)
+    source = derange(turns_by_sample, rng)
+
+    shuffled = []
+    for s, sample in enumerate(chosen):
+        messages = list(sample.messages)
+        for _, m in turns_by_sample[s]:
+            other, turn = source[s, m]
+            messages[m] = replace(chosen[other].messages[turn])
+        shuffled.append(replace(sample, messages=messages))
+    return shuffled, drawn
+
+
+def derange(turns_by_sample: list[list], rng: random.Random) -> dict:
+    """{turn: the turn of another sample that takes its place}; a turn is (sample, message).
+
+    Lay all N turns in a row, sample after sample, and let the longest sample have m of them.
+    Rotating the row by m to N - m places moves every turn to another sample. Where m > N / 2 there
+    is no such rotation; the longest sample then gets the other samples' turns more than once.
+    """
+    turns = list(itertools.chain(*turns_by_sample))
+    longest = max(turns_by_sample, key=len)
+    N = len(turns)
+    if 2 * len(longest) <= N:
+        shift = rng.randint(len(longest), N - len(longest))
+        return {turn: turns[(i + shift) % N] for i, turn in enumerate(turns)}
+    others = [turn for turn in turns if turn not in longest]
+    source = dict(zip(longest, itertools.cycle(others), strict=False))
+    return source | dict(zip(others, longest, strict=False))
+
+
+def shuffled_datasets(dataset: Dataset, drawn, shuffled: list[Sample], options):
+    """Yield one Dataset per epoch of tuning; in later epochs the drawn samples are reshuffled."""
+    samples = dataset.samples.select(drawn)
+    for epoch in range(options.epochs):
+        if epoch and options.reshuffle == "yes":
+            shuffled, _ = shuffle_outputs(samples, 1.0, options.seed + epoch)
+        if not epoch or options.reshuffle == "yes":
+            # a shuffled sample can be longer: its output now follows another input
+            current = Dataset(shuffled, dataset.renderer, 2 * dataset.max_length)
+        yield current
+
+
+# --------------------------------------------------------------------------------------------------
+# The loss of every output token, by the base model and by the tuned one
+
+def token_losses(model, dataset: Dataset, micro_tokens: int, title: str, directory=None):
+    """The loss of every output token of a dataset: (output tokens,) float32 in nats, in data order.
+
+    The ranks share the work. The data is cut into parts that do not depend on the number of ranks,
+    so neither do the losses. With a directory every finished part becomes a file there, parts that
+    already exist are skipped, and only rank 0 is given the losses. Raises DataError, naming a
+    sample, for a loss that is not finite.
+    """
+    rank, world = rank_and_world()
+    parts = label_parts(dataset, micro_tokens)
+    todo = list(range(len(parts)))
     if directory:
-        barrier()
-        return np.concatenate([np.load(file(p)) for p in range(len(parts))]) if rank == 0 else None
-    total = torch.from_numpy(losses).to(device)
-    sum_over_ranks(total)                               # each token was filled in by one rank and is 0 on the others
-    return total.cpu().numpy()
+        todo = on_rank_0(missing_parts, len(parts), directory)
+    total = int(dataset.lengths.sum())
+    left = sum(int(dataset.lengths[parts[p]].sum()) for p in todo)
+    bar = tqdm(desc=title, total=total, initial=total - left, unit="token", unit_scale=True,
+               leave=None, disable=rank > 0)
+    losses = np.zeros(0 if directory else dataset.output_starts[-1], np.float32)
+    for first in range(0, len(todo), world):
+        numbers = todo[first:first + world]                 # one part per rank at a time
+        by_sample = part_losses(model, dataset, [parts[p] for p in numbers], micro_tokens, bar)
+        check_finite(by_sample, dataset, title, model.head.device)
+        if not by_sample:
+            continue
+        p = numbers[rank]
+        own_losses = np.concatenate([by_sample[i] for i in sorted(by_sample)])
+        if directory:
+            save_part(directory, p, own_losses)
+        else:
+            start = dataset.output_starts[parts[p][0]]
+            end = dataset.output_starts[parts[p][-1] + 1]
+            losses[start:end] = own_losses
+    bar.close()
+    if hasattr(model, "reshard"):
+        # FSDP keeps the root gathered until a backward; an optimizer made now would hold the
+        # gathered copies instead of the shards
+        model.reshard()
+
+    # put the parts together
+    if directory:
+        barrier()                       # all parts are written
+        if rank > 0:
+            return None
+        return np.concatenate([load_part(directory, p) for p in range(len(parts))])
+    summed = torch.from_numpy(losses).to(model.head.device)
+    sum_over_ranks(summed)              # each token is filled in by one rank and 0 on the others
+    return summed.cpu().numpy()
 
 
-def tune(model: Transformer, dataset: Dataset, o: Options) -> None:
-    """Step 2: ordinary fine-tuning on the shuffled samples, in place; all parameters, mean loss of the output tokens."""
-    (rank, world), device = rank_and_world(), model.head.device
-    batches = [batch for epoch in range(o.epochs)
-               for batch in epoch_batches(dataset.lengths, dataset.kept, o.batch_tokens, o.seed, epoch)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=o.lr, weight_decay=0.0, fused=True)
-    for step, batch in enumerate(tqdm(batches, "tune on shuffled", unit="step", disable=rank > 0)):
-        optimizer.param_groups[0]["lr"] = o.lr * (1 - step / len(batches))
-        n = dataset.outputs[batch].sum()
-        for indices in micro_batches(batch, dataset.lengths, o.micro_tokens, rank, world):
-            tokens, targets, _ = collate(dataset, indices, device=device)
-            with mixed_precision(device):
-                loss = model(tokens, targets).sum() / n
-            loss.backward()
-        sum_gradients(model)
-        clip_gradients(model, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+def part_losses(model, dataset: Dataset, parts: list, micro_tokens: int, bar) -> dict:
+    """{sample: the losses of its output tokens, float32} of parts[rank]; {} if there is none.
 
+    Ranks that share a sharded model must all run the same number of forward passes. Each rank
+    therefore plans every rank's part, and fills up its own plan with empty micro-batches.
+    """
+    rank, world = rank_and_world()
+    plans = [micro_batches(part, dataset.lengths, micro_tokens) for part in parts]
+    plans += [[]] * (world - len(plans))
+    by_sample = {}
+    for k in range(max(len(plan) for plan in plans)):
+        indices = plans[rank][k] if k < len(plans[rank]) else []
+        by_sample |= sample_losses(model, dataset, indices)
+        on_all_ranks = [plan[k] for plan in plans if k < len(plan)]
+        bar.update(int(dataset.lengths[np.concatenate(on_all_ranks)].sum()))
+    return by_sample
+
+
+@torch.no_grad()
+def sample_losses(model, dataset: Dataset, indices) -> dict[int, np.ndarray]:
+    """{sample: the losses of its output tokens, float32} of one micro-batch."""
+    device = model.head.device
+    tokens, targets, _ = collate(dataset, indices, device=device)                   # (B, T)
+    with mixed_precision(device):
+        losses = model(tokens, targets)                                             # (B, T)
+    scored = targets != -100
+    return {int(i): losses[b][scored[b]].cpu().numpy() for b, i in enumerate(indices)}
+
+
+def label_parts(dataset: Dataset, micro_tokens: int) -> list[np.ndarray]:
+    """The kept samples in at most about 1,000 parts, each of several micro-batches."""
+    ends = np.cumsum(dataset.lengths[dataset.kept])
+    part_tokens = max(8 * micro_tokens, ends[-1] // 1000)
+    # a part ends where the running count of tokens passes a multiple of part_tokens
+    bounds = np.flatnonzero(np.diff(ends // part_tokens)) + 1
+    return np.split(dataset.kept, bounds)
+
+
+def check_finite(by_sample: dict, dataset: Dataset, title: str, device) -> None:
+    """Raise DataError on all ranks if a loss is not finite on any."""
+    bad = torch.zeros(len(dataset.lengths), device=device)
+    bad[[i for i, losses in by_sample.items() if not np.isfinite(losses).all()]] = 1
+    sum_over_ranks(bad)
+    for i in bad.nonzero():
+        raise DataError(f"{title}: not finite for sample {dataset.samples[int(i)].id!r}; the model "
+                        "was tuned too fast (lower --lr), or its weights are damaged.")
+
+
+# --------------------------------------------------------------------------------------------------
+# Step 2: tune a copy of the model on the shuffled samples
+
+def tune(model: Transformer, datasets, options: Options) -> None:
+    """Ordinary fine-tuning, in place: all parameters, mean loss of the output tokens.
+
+    datasets: those of the epochs, options.epochs of them.
+    """
+    rank, world = rank_and_world()
+    device = model.head.device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0, fused=True)
+    for epoch, dataset in enumerate(datasets):
+        batches = epoch_batches(
+            dataset.lengths, dataset.kept, options.batch_tokens, options.seed, epoch)
+        bar = tqdm(batches, f"tune on shuffled, epoch {epoch + 1}", unit="step", disable=rank > 0)
+        for step, batch in enumerate(bar):
+            progress = (epoch + step / len(batches)) / options.epochs
+            optimizer.param_groups[0]["lr"] = options.lr * (1 - progress)
+            n = dataset.output_counts[batch].sum()
+            for indices in micro_batches(batch, dataset.lengths, options.micro_tokens, rank, world):
+                tokens, targets, _ = collate(dataset, indices, device=device)       # (B, T)
+                with mixed_precision(device):
+                    loss = model(tokens, targets).sum() / n
+                loss.backward()
+            all_reduce_gradients(model)
+            clip_gradients(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    for name in not_finite(model):
+        raise DataError(f"the tuned model's {name} is not finite; lower --lr.")
+
+
+# --------------------------------------------------------------------------------------------------
+# Step 3: classify every output token by its loss difference
 
 def loss_difference(tuned_losses, base_losses):
-    """LD = loss_tuned - loss_base of every token, in nats: what is lost when outputs may no longer depend on inputs."""
+    """LD = loss_tuned - loss_base of every token, in nats.
+
+    How much harder a token is to predict for a model whose outputs did not follow from its inputs.
+    """
     return tuned_losses - base_losses
 
 
@@ -131,209 +322,272 @@ def classify(loss_difference, threshold: float = 0.0):
     return loss_difference > threshold
 
 
-def auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Chance that a positive scores above a negative, a tie counting half (the area under the ROC curve)."""
-    _, place, count = np.unique(scores, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[place]                  # mean rank among ties, from 1
-    p, n = positive.sum(), (~positive).sum()
-    return float((rank[positive].sum() - p * (p + 1) / 2) / (p * n)) if p and n else float("nan")
+# What labels may be of each output token: the name of the array, and the command that makes it.
+KINDS = {"shad": ("loss_difference", "shad.py"),
+         "reference": ("loss", "python -m baselines.reference"),
+         "reward": ("reward", "python -m baselines.reference --minus")}
 
 
-def run(o: Options, dataset: Dataset, model: Transformer) -> np.ndarray:
-    """SHAD on a dataset; writes o.out and returns LD (output tokens,) float32. `model` ends as the discriminator: only one
-    copy is ever held, since the base losses are taken before it is tuned. A run that was killed goes on from what it left in
-    o.out/parts: losses, and the tuned model."""
-    parts, (rank, _), clock = os.path.join(o.out, "parts"), rank_and_world(), [time.perf_counter()]
-    # 1. shuffle
-    count = o.shuffle if o.shuffle > 1 else max(96, o.shuffle * len(dataset.kept))              # fewer teach nothing
-    fraction = min(1.0, count / len(dataset.kept))
-    shuffled_samples = shuffle_outputs(dataset.samples.pick(dataset.kept), fraction, o.seed)
-    shuffled = Dataset(shuffled_samples, dataset.renderer, 2 * dataset.max_length)  # another's output may be a longer one
-    take_up(parts, dataset.fingerprint | {k: v for k, v in asdict(o).items() if k not in ("out", "data", "threshold", "shard")})
-    base_losses = token_losses(model, dataset, o.micro_tokens, "losses of the base", os.path.join(parts, "base losses"))
-    clock.append(time.perf_counter())
-    # 2. tune
-    tuned_model = os.path.join(parts, "tuned model")
-    if os.path.isdir(tuned_model):
-        model.load_weights(tuned_model)
+@dataclass
+class Labels:
+    """SHAD's labels; labels[a:b], (b - a,) bool, is True for the reasoning tokens among a to b.
+
+    difference: LD of all output tokens, float32 in data order: an array, or a slice of a file that
+    is read where it is asked for. The threshold is applied when the labels are read.
+    """
+    difference: np.ndarray
+    threshold: float = 0.0
+
+    def __getitem__(self, tokens: slice) -> np.ndarray:
+        return classify(self.difference[tokens], self.threshold)
+
+
+def save_labels(directory, values, dataset: Dataset, made_from: dict, kind="shad") -> None:
+    """Write labels.safetensors.
+
+    values: (output tokens,) in data order, kept as float32 under the name that the kind has in
+    KINDS. offsets: (samples + 1,) int64, where the output tokens of each sample begin. made_from:
+    what else is kept, with what the data is known by, as metadata.
+    """
+    metadata = {"shad": json.dumps(dataset.fingerprint | made_from)}
+    name, _ = KINDS[kind]
+    arrays = {name: values.astype(np.float32),
+              "offsets": dataset.output_starts.astype(np.int64)}
+    with replacing(os.path.join(directory, "labels.safetensors"), "wb") as file:
+        file.write(save(arrays, metadata))
+
+
+def load_labels(path: str, dataset: Dataset, kind="shad"):
+    """The labels of a file or of the directory it lies in; values are read as they are asked for.
+
+    kind "shad": a Labels. "reference" and "reward": values[a:b], (b - a,) float32, are the
+    reference model's losses or the rewards of the output tokens a to b. Raises DataError, naming
+    what differs, when they are of another kind, or not made from this data with this tokenizer and
+    template.
+    """
+    name, command = KINDS[kind]
+    if os.path.isdir(path):
+        path = os.path.join(path, "labels.safetensors")
+    try:
+        file = safe_open(path, framework="numpy")
+        made_from = json.loads(file.metadata()["shad"])
+        [found] = set(file.keys()) - {"offsets"}
+        values = file.get_slice(found)
+        starts = file.get_tensor("offsets")
+        if starts.ndim != 1 or starts.dtype != np.int64:
+            raise ValueError("offsets is not one row of int64")
+        if values.get_dtype() != "F32" or values.get_shape() != [starts[-1]]:
+            raise ValueError(f"{found} is not float32 of as many tokens as offsets say")
+        threshold = float(made_from["threshold"]) if found == "loss_difference" else 0.0
+        if not np.isfinite(threshold) or not np.isfinite(values[:]).all():
+            raise ValueError("not all of it is finite")
+    except Exception as e:                      # safetensors raises its own type, and others
+        raise DataError(f"{path} cannot be read as labels ({type(e).__name__}: {e}); "
+                        f"make it with {command}.") from None
+    if found != name:
+        raise DataError(f"{path} holds {found} per token where {name} is needed; "
+                        f"make it with {command}.")
+    differing = [k for k, value in dataset.fingerprint.items() if made_from.get(k) != value]
+    if differing:
+        verb = "differs" if len(differing) == 1 else "differ"
+        raise DataError(f"{path} does not fit: its {' and '.join(differing)} {verb} from this "
+                        f"run's; run {command} again with the same --data, --model and --template.")
+    if len(starts) != len(dataset.output_starts) or starts[0] != 0:
+        raise DataError(f"{path} does not fit: it is of {len(starts) - 1} samples, not of "
+                        f"{len(dataset.output_counts)}; run {command} again.")
+    if not np.array_equal(starts, dataset.output_starts):
+        i = int(np.flatnonzero(np.diff(starts) != dataset.output_counts)[0])
+        raise DataError(f"{path} does not fit: sample {dataset.samples[i].id!r} is in only one of "
+                        f"the two; use the --max-length that {command} was run with.")
+    return Labels(values, threshold) if kind == "shad" else values
+
+
+# --------------------------------------------------------------------------------------------------
+# The three steps
+
+def run(options: Options, dataset: Dataset, model: Transformer):
+    """SHAD on a dataset; writes options.out and returns (LD (output tokens,) float32, summary).
+
+    `model` ends as the discriminator: since the base losses are taken before it is tuned, one copy
+    is enough. A run that was killed resumes from the losses and the tuned model that it left in
+    options.out/parts.
+    """
+    on_rank_0(claim, options.out, FILES, "shad.py")
+    work_dir = os.path.join(options.out, "parts")
+    times = [time.perf_counter()]
+
+    # 1. Shuffle: outputs change places among a few samples, so that none follows from its input.
+    # With fewer than 96 samples the discriminator learns nothing; a tenth stays as it is, to check
+    # what it has learned.
+    kept = len(dataset.kept)
+    count = options.shuffle if options.shuffle > 1 else max(96, options.shuffle * kept)
+    fraction = min(count, kept - kept // 10) / kept
+    samples = dataset.samples.select(dataset.kept)
+    shuffled, drawn = shuffle_outputs(samples, fraction, options.seed)
+    drawn = dataset.kept[drawn]
+    open_work_dir(work_dir, run_settings(options, dataset))
+
+    # 2. Tune the model on them. Its own losses are taken first.
+    base_losses = token_losses(model, dataset, options.micro_tokens, "losses of the base model",
+                               os.path.join(work_dir, "base losses"))
+    times.append(time.perf_counter())
+    tuned_model = os.path.join(work_dir, "tuned model")
+    if on_rank_0(damaged_file, tuned_model):            # or not there
+        tune(model, shuffled_datasets(dataset, drawn, shuffled, options), options)
+        save_tuned_model(model, tuned_model)
     else:
-        tune(model, shuffled, o)
-        model.save_pretrained(tuned_model + ".tmp")
-        if rank == 0:
-            os.rename(tuned_model + ".tmp", tuned_model)
-    clock.append(time.perf_counter())
-    tuned_losses = token_losses(model, dataset, o.micro_tokens, "losses of the tuned", os.path.join(parts, "tuned losses"))
-    clock.append(time.perf_counter())
-    # 3. classify
-    if rank == 0:
-        difference = loss_difference(tuned_losses, base_losses)
-        others = np.ones(len(dataset.samples), bool)
-        others[dataset.kept[draw(len(dataset.kept), fraction, random.Random(o.seed))]] = False  # as shuffle_outputs drew them
-        summary = summarize(difference, base_losses, tuned_losses, np.repeat(others, dataset.outputs), dataset.true_roles(), o.threshold)
-        summary |= {"samples": len(dataset.kept), "shuffled": len(shuffled_samples), "dropped": dataset.dropped,
-                    "seconds": dict(zip(("base", "tune", "tuned"), np.diff(clock).round(1).tolist()))}
-        write_json(os.path.join(o.out, "summary.json"), summary)
-        write_page(os.path.join(o.out, "labels.html"), "SHAD: reasoning and boilerplate tokens",
-                   picture(dataset, difference, base_losses, tuned_losses, o.threshold, summary))
-        save_labels(o.out, difference, dataset, o.model, o.threshold, o.seed)      # last: their presence says that all is there
-        shutil.rmtree(parts)
-        print(describe(summary))
-    barrier()                                                                       # the other ranks read what rank 0 wrote
-    return load_labels(o.out, dataset)[0]
+        model.load_weights(tuned_model)
+    times.append(time.perf_counter())
+    tuned_losses = token_losses(model, dataset, options.micro_tokens, "losses of the tuned model",
+                                os.path.join(work_dir, "tuned losses"))
+    times.append(time.perf_counter())
+    check = check_tuning(model, dataset, drawn, tuned_losses, options)
+
+    # 3. Classify: a token that became harder to predict depends on its input; LD > 0 is reasoning.
+    summary = on_rank_0(write_results, options, dataset, base_losses, tuned_losses, drawn, check,
+                        times)
+    release(options.out)
+    return load_labels(options.out, dataset).difference[:], summary
 
 
-def take_up(parts: str, settings: dict) -> None:
-    """Make the folder of a run's parts, or find what a run with the same settings left. Raises DataError for other settings."""
-    path, (rank, _) = os.path.join(parts, "settings.json"), rank_and_world()
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            differs = [key for key, value in json.load(f).items() if settings.get(key) != value]
-        if differs:
-            raise DataError(f"{parts} was left by an unfinished run with another {' and '.join(differs)}; remove it, or choose another --out.")
-    elif rank == 0:
-        shutil.rmtree(parts, ignore_errors=True)                # killed while it was removed
-    barrier()                                                   # every rank has looked
-    if rank == 0:
-        os.makedirs(parts, exist_ok=True)
-        write_json(path, settings)
+def run_settings(options: Options, dataset: Dataset) -> dict:
+    """What must be the same for a run that resumes."""
+    # of the data the content counts
+    may_change = ("out", "export", "data", "threshold", "unit", "shard")
+    settings = {k: value for k, value in asdict(options).items() if k not in may_change}
+    return settings | dataset.fingerprint
 
 
-def summarize(difference, base, tuned, others, roles, threshold) -> dict:
-    """The figures of a run: shares and mean losses by SHAD's groups, and, where true roles are known, the error against them
-    on `others`, the tokens of samples that were not shuffled (on all, if all were)."""
-    reasoning, mean = classify(difference, threshold), lambda x: float(x.mean()) if len(x) else None
-    summary = {"tokens": len(difference), "reasoning_share": mean(reasoning)}
-    for name, group in (("reasoning", reasoning), ("boilerplate", ~reasoning)):
-        summary |= {f"base_loss_{name}": mean(base[group]), f"tuned_loss_{name}": mean(tuned[group])}
-    if roles is not None:
-        judged = others if others.any() else ~others
-        true, predicted = roles["reasoning"][judged], reasoning[judged]
-        summary["truth"] = {
-            "tokens": int(judged.sum()), "shuffled_too": not others.any(), "error": mean(true != predicted), "auc": auc(difference[judged], true),
-            "missed_reasoning": mean(~predicted[true]), "boilerplate_called_reasoning": mean(predicted[~true]),
-            "base_loss_reasoning": mean(base[judged][true]), "base_loss_boilerplate": mean(base[judged][~true]),
-            "tuned_loss_reasoning": mean(tuned[judged][true]), "tuned_loss_boilerplate": mean(tuned[judged][~true])}
+def write_results(options, dataset: Dataset, base_losses, tuned_losses, drawn, check, times):
+    """Write labels, page and summary into options.out; returns the summary.
+
+    drawn: the samples that were shuffled. check: by check_tuning. times: when each step began, and
+    the end.
+    """
+    difference = loss_difference(tuned_losses, base_losses)
+    if options.unit == "word":
+        difference = largest_per_word(difference, dataset)
+    unshuffled = ~tokens_of(drawn, dataset)                                 # (output tokens,)
+    is_reasoning = classify(difference, options.threshold)
+    summary = summarize(difference, is_reasoning, base_losses, tuned_losses, unshuffled,
+                        dataset.true_roles())
+    seconds = np.diff(times).round(1).tolist()
+    summary |= check
+    summary |= {"samples": len(dataset.kept), "shuffled": len(drawn),
+                "dropped": dataset.dropped,
+                "seconds": dict(zip(("base", "tune", "tuned"), seconds, strict=True))}
+    write_json(os.path.join(options.out, "summary.json"), summary)
+    losses = {"base": base_losses, "tuned": tuned_losses}
+    page = labels_page(dataset, difference, is_reasoning, options.threshold, losses, summary)
+    write_page(os.path.join(options.out, "labels.html"),
+               "SHAD: reasoning and boilerplate tokens", page)
+    # last, since the presence of the labels says that everything is there
+    save_labels(options.out, difference, dataset, {
+        "base_model": options.model, "threshold": options.threshold, "seed": options.seed})
+    remove_folder(os.path.join(options.out, "parts"))
+    print(format_summary(summary))
     return summary
 
 
-def describe(s: dict) -> str:
-    """A summary for people."""
-    rows = [f"SHAD: {s['shuffled']} of {s['samples']} samples shuffled; {s['tokens']:,} output tokens labelled, "
-            f"{s['reasoning_share']:.1%} reasoning"]
-    number = lambda x: "    -" if x is None else f"{x:5.2f}"
-    for title, d in (("SHAD's groups", s), ("true groups", s.get("truth", {}))):
-        if d:
-            rows.append(f"  {title:14} base -> tuned loss: reasoning {number(d['base_loss_reasoning'])} ->{number(d['tuned_loss_reasoning'])}"
-                        f"   boilerplate {number(d['base_loss_boilerplate'])} ->{number(d['tuned_loss_boilerplate'])}")
-    if "truth" in s:
-        t = s["truth"]
-        rows.append(f"  against the true roles of {t['tokens']:,} tokens of {'all samples, shuffled ones too' if t['shuffled_too'] else 'samples not shuffled'}: "
-                    f"error {t['error']:.2%}, AUC {t['auc']:.3f}")
-    return "\n".join(rows)
+def claim_export(path: str, create: bool = True) -> None:
+    folder, name = os.path.split(path)
+    claim(folder or ".", [name], "shad.py --export", create)
 
 
-# -----------------------------------------------------------------------------------------------------------------
-# The picture: the paper's first figure, for the user's own data
+# --------------------------------------------------------------------------------------------------
+# Beyond the paper: was the tuning enough, and labels by word
 
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
-h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}svg{max-width:100%;height:auto}table{border-collapse:collapse}
-td,th{padding:.25rem .9rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}
-.sample{border:1px solid #ddd;border-radius:6px;padding:.6rem .8rem;margin:.7rem 0;overflow-wrap:anywhere}
-.input{color:#777;white-space:pre-wrap;max-height:7.5rem;overflow:auto;font-size:.85rem}
-.output{white-space:pre-wrap;font-family:ui-monospace,monospace;font-size:.9rem}
-.reasoning{background:#b7e4c0}.format{background:#fdeaa8}.connecting{background:#c5dcf7}
-.output span,.key{border-radius:3px;padding:1px 0}.key{padding:1px 6px;margin-right:.6rem}.note{color:#555;font-size:.9rem}
-"""
+def check_tuning(model, dataset: Dataset, drawn, tuned_losses, options: Options) -> dict:
+    """Has the tuned model unlearned to use its input?
 
-
-def write_page(path: str, title: str, body: str) -> None:
-    """Write one self-contained HTML file."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>'
-                f'<style>{STYLE}</style>\n<h1>{title}</h1>\n{body}\n</html>\n')
-    os.replace(path + ".tmp", path)
-
-
-# boilerplate is of two kinds: format (field markers, JSON keys, brackets and quotes), and template-connecting words
-FORMAT = re.compile(r'^[ \t]*[A-Z][\w ]{0,30}:|"[^"\n]{0,40}"\s*:|[{}\[\]"][:,]*|\s+', re.MULTILINE)
-KEY = ('<p><span class="key reasoning">reasoning</span><span class="key format">boilerplate: format</span>'
-       '<span class="key connecting">boilerplate: connecting</span></p>')
+    Compares its mean loss, in nats, on the outputs of at most 32 samples that were not drawn: with
+    their own inputs, of which tuned_losses has the losses (only rank 0 is given them), and shuffled
+    among each other. Returns {"check": the figures}, or {} on other ranks and below 2 such samples.
+    """
+    rest = np.setdiff1d(dataset.kept, drawn)
+    left_out = np.random.default_rng(options.seed).permutation(rest)[:32]
+    if len(left_out) < 2:
+        return {}
+    shuffled, _ = shuffle_outputs(dataset.samples.select(left_out), 1.0, options.seed)
+    swapped = Dataset(shuffled, dataset.renderer, 2 * dataset.max_length)
+    losses = token_losses(model, swapped, options.micro_tokens, "losses with wrong inputs")
+    if tuned_losses is None:
+        return {}
+    right = float(tuned_losses[tokens_of(left_out, dataset)].mean())
+    wrong = float(losses.mean())
+    return {"check": {"samples": len(left_out), "loss_right_input": right,
+                      "loss_wrong_input": wrong, "uses_input": uses_input(right, wrong)}}
 
 
-def output_pieces(dataset: Dataset, i: int) -> list[tuple[str, bool]]:
-    """(text, is format) of each output token of sample i: the pieces tile the text, white space going with what follows."""
-    pieces = []
-    for message in dataset.samples[i].messages:
-        if message.is_output:
-            spans = [m.span() for m in FORMAT.finditer(message.text)]
-            end = 0
-            for _, stop in dataset.renderer.tokenizer.encode(message.text, add_special_tokens=False).offsets:
-                text = message.text[end:stop]
-                first = end + len(text) - len(text.lstrip()) if text.strip() else end
-                pieces.append((text, any(a <= first < b for a, b in spans)))
-                end = max(end, stop)
-            pieces.append(("⏎\n", True))
-    return pieces
+def uses_input(right: float, wrong: float) -> bool:
+    """Whether the right inputs save a discriminator more than a fifth of its loss.
+
+    On the toy those tuned well (1.1 to 1.8 % error over the clear roles) were saved 9 to 19 %;
+    those with 3 % error or more 20 to 36 %, and one between them (1.8 %) 25 %.
+    """
+    return wrong - right > 0.2 * wrong
 
 
-def sample_html(dataset: Dataset, i: int, difference, threshold: float, details=None) -> str:
-    """One sample, its output tokens coloured by group. details: arrays {name: (output tokens,)} for the hover text."""
-    here = slice(dataset.offsets[i], dataset.offsets[i + 1])
-    sample, spans = dataset.samples[i], []
-    for k, ((text, is_format), d) in enumerate(zip(output_pieces(dataset, i), difference[here])):
-        kind = "reasoning" if classify(d, threshold) else "format" if is_format else "connecting"
-        hover = "".join(f"&#10;{name} {values[here][k]:.3f}" for name, values in (details or {}).items())
-        spans.append(f'<span class="{kind}" title="{html.escape(repr(text))}{hover}&#10;LD {d:+.3f}">{html.escape(text)}</span>')
-    given = "\n".join(f"{m.role}: {m.text}" for m in sample.messages if not m.is_output)
-    return (f'<div class="sample"><div class="note">{html.escape(sample.id)}</div>'
-            f'<div class="input">{html.escape(given)}</div><div class="output">{"".join(spans)}</div></div>')
+def tokens_of(indices, dataset: Dataset) -> np.ndarray:
+    """True for the output tokens of some samples: (output tokens,) bool."""
+    chosen = np.zeros(len(dataset.samples), bool)
+    chosen[indices] = True
+    return np.repeat(chosen, dataset.output_counts)
 
 
-def histogram_svg(difference, threshold: float, low=-8.0, high=8.0, bins=64) -> str:
-    """A histogram of LD; heights are square roots, or the peak at zero would hide the rest."""
-    groups = [(name, colour, np.histogram(np.clip(difference[mask], low, high - 1e-6), bins, (low, high)))
-              for name, colour, mask in (("reasoning", "#4caf6e", classify(difference, threshold)),
-                                         ("boilerplate", "#d9b43a", ~classify(difference, threshold)))]
-    most, width = max(1, max(counts.max() for _, _, (counts, _) in groups)), 720 / bins
-    bars = "".join(f'<rect x="{j * width:.1f}" y="{160 - h:.1f}" width="{width - 1:.1f}" height="{h:.1f}" fill="{colour}" fill-opacity=".8">'
-                   f'<title>{name}, LD {edges[j]:.2f} to {edges[j + 1]:.2f}: {counts[j]:,} tokens</title></rect>'
-                   for name, colour, (counts, edges) in groups for j, h in enumerate(150 * np.sqrt(counts / most)) if counts[j])
-    ticks = "".join(f'<text x="{(v - low) / (high - low) * 720:.0f}" y="176" font-size="11" text-anchor="middle">{v:+d}</text>'
-                    for v in range(int(low) + 2, int(high), 2))
-    return f'<svg viewBox="0 0 720 182" width="720" role="img" aria-label="histogram of LD">{bars}{ticks}</svg>'
+def largest_per_word(difference, dataset: Dataset) -> np.ndarray:
+    """LD by word: every token is given the largest LD of its word; both (output tokens,) float32.
 
-
-def picture(dataset: Dataset, difference, base, tuned, threshold: float, summary: dict, count: int = 40) -> str:
-    """The body of labels.html: `count` samples, the shares of the groups and the histogram."""
-    shown = dataset.kept[np.linspace(0, len(dataset.kept) - 1, min(count, len(dataset.kept))).round().astype(int)]
-    kinds = [("reasoning" if classify(d, threshold) else "format" if f else "connecting")
-             for i in shown for (_, f), d in zip(output_pieces(dataset, i), difference[dataset.offsets[i]:])]
-    shares = ", ".join(f"{k} {kinds.count(k) / max(1, len(kinds)):.0%}" for k in ("reasoning", "format", "connecting"))
-    return (f"<pre>{html.escape(describe(summary))}</pre>{KEY}"
-            f'<p class="note">Of the tokens below: {shares}. SHAD tells reasoning (LD &gt; {threshold:g}) from boilerplate; format and '
-            "connecting are told apart by the shape of the text. Hover over a token for its losses.</p>"
-            f"<h2>Loss difference, LD = loss of the tuned &minus; loss of the base (nats)</h2>{histogram_svg(difference, threshold)}"
-            f'<p class="note">All {len(difference):,} output tokens, clipped to &plusmn;8; heights are square roots of counts.</p><h2>Samples</h2>'
-            + "".join(sample_html(dataset, i, difference, threshold, {"base": base, "tuned": tuned}) for i in shown))
+    Later tokens of a word follow from its first ones, with or without the input, so that their own
+    LD is near 0. A token goes on with a word where a letter, digit or _ meets another.
+    """
+    starts = []                             # whether a word starts at each token
+    for i in dataset.kept:
+        before = ""
+        for text, _ in output_pieces(dataset, i):
+            starts.append(not (re.match(r"\w", text) and re.search(r"\w$", before)))
+            before = text
+    starts = np.array(starts)
+    largest = np.maximum.reduceat(difference, np.flatnonzero(starts))       # (words,)
+    return largest[np.cumsum(starts) - 1]
 
 
 def main():
-    o = parse_options(Options, __doc__)
-    device, (rank, _) = init_distributed(), rank_and_world()
-    o.model = resolve(o.model)
-    if os.path.exists(os.path.join(o.out, "labels.safetensors")):
-        raise DataError(f"{o.out}/labels.safetensors is there already; choose another --out, or remove it.")
-    barrier()                                                   # every rank has looked
-    dataset = Dataset.load(o.data, o.model, o.template, o.max_length)
+    options = parse_options(Options, __doc__)
+    device = init_distributed(options.dtype)
+    rank, _ = rank_and_world()
+    labelled = os.path.exists(os.path.join(options.out, "labels.safetensors"))
+    if labelled and not options.export:
+        raise DataError(f"{options.out}/labels.safetensors is there already; "
+                        "choose another --out, or remove it.")
+    barrier()                                       # every rank has looked
+    if not labelled:
+        on_rank_0(claim, options.out, FILES, "shad.py", False)
+    if options.export:
+        on_rank_0(claim_export, options.export, False)
+    options.model = resolve(options.model)
+    on_stop(stop_at_once(options.out))
+    dataset = Dataset.load(options.data, options.model, options.template, options.max_length,
+                           options.native_calls)
     if rank == 0:
         print(dataset.describe())
-    sharded = wants_shards(o.shard, device)
-    run(o, dataset, Transformer.from_pretrained(o.model, device=device, sharded=sharded))
-    if rank == 0:
-        print(f"\nwrote {o.out}/labels.safetensors, summary.json and labels.html (open it in a browser). Next:\n  "
-              f"python train.py --model {o.model} --data {' '.join(map(shlex.quote, o.data))} --max-length {o.max_length} "
-              f"--template {o.template} --method rft --labels {o.out} --out OUT")
+    if not labelled:
+        shard = partial(shard_model, device=device) if should_shard(options.shard, device) else None
+        model = Transformer.from_pretrained(options.model, device=device, shard=shard)
+        run(options, dataset, model)
+    if options.export and rank == 0:
+        claim_export(options.export)
+        export_labels(options.export, dataset, load_labels(options.out, dataset))
+        release(os.path.dirname(options.export) or ".")
+        print(f"\nwrote {options.export}, one line per sample: {len(dataset.kept):,}")
+    if rank == 0 and not labelled:
+        arguments = ["--model", options.model, "--data", *options.data,
+                     "--max-length", str(options.max_length), "--template", options.template,
+                     *(["--native-calls"] if options.native_calls else []),
+                     "--method", "rft", "--labels", options.out]
+        print(f"\nwrote {options.out}/labels.safetensors, summary.json and labels.html "
+              "(open it in a browser). Next:\n"
+              f"  python train.py {shlex.join(arguments)} --out OUT")
 
 
 if __name__ == "__main__":

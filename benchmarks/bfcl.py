@@ -1,149 +1,268 @@
-"""BFCL, single turn: the function calls, compared with lists of accepted values as bfcl-eval 2026.3.23 does."""
+"""BFCL, single turn: calls compared with lists of accepted values, as bfcl-eval 2026.3.23 does."""
 import json
 import os
-import re
 
 from benchmarks import Item
-from benchmarks.calls import decode, java_value, javascript_value
+from benchmarks.bfcl_calls import decode
+from benchmarks.bfcl_values import LISTS, TYPES, check_value
 from support.cli import DataError
 from support.readers import TOOL_PROMPT, Message, read_records
-
+from support.records import reading
 
 MAX_NEW_TOKENS = 512
+COPY_AGAIN = "copy the release's file again"
+
+SIMPLE = ("simple_python", "simple_java", "simple_javascript")
+LIVE = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple")
+CATEGORIES = (*SIMPLE, "multiple", "parallel", "parallel_multiple", "irrelevance",
+              *LIVE, "live_irrelevance", "live_relevance")
 
 
-CATEGORIES = ("simple_python", "simple_java", "simple_javascript", "multiple", "parallel", "parallel_multiple",
-                   "irrelevance", "live_simple", "live_multiple", "live_parallel", "live_parallel_multiple",
-                   "live_irrelevance", "live_relevance")
-TYPES = {
-    "python": {"string": str, "any": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list,
-               "dict": dict},
-    "java": {"String": str, "char": str, "any": str, "byte": int, "short": int, "integer": int, "long": int, "float": float,
-             "double": float, "boolean": bool, "Array": list, "ArrayList": list, "HashMap": dict},
-    "javascript": {"String": str, "any": str, "integer": int, "Bigint": int, "float": float, "Boolean": bool, "array": list,
-                   "dict": dict}}
+def language_of(category: str) -> str:
+    """The language in which a category's calls are written."""
+    if category in ("simple_java", "simple_javascript"):
+        return category.removeprefix("simple_")
+    return "python"
 
 
-def language(category: str) -> str:
-    return category.removeprefix("simple_") if category in ("simple_java", "simple_javascript") else "python"
-
+# -------------------------------------------------------------------------------------------------
+# The items
 
 def items(folder: str) -> list[Item]:
-    """The items of every single-turn BFCL_v4_CATEGORY.json in a folder; answers come from possible_answer/ beside it."""
-    items = []
+    """The items of each single-turn BFCL_v4_CATEGORY.json in a folder, with its possible_answer/.
+
+    Raises DataError if there is no such file, and for a record that is not BFCL's, has no answer or
+    repeats an id.
+    """
+    found = []
     for category in CATEGORIES:
         name = f"BFCL_v4_{category}.json"
-        path, answer_path = os.path.join(folder, name), os.path.join(folder, "possible_answer", name)
-        if not os.path.isfile(path):
-            continue
-        where = answer_path
-        try:
-            answers = {} if "relevance" in category else {r["id"]: r["ground_truth"] for _, r in read_records(answer_path)}
-            for where, record in read_records(path):
-                documents, language = record["function"], language(category)
-                tools = [tool(d if language == "python" else as_strings(d, language)) for d in documents]
-                system = [TOOL_PROMPT.format(json.dumps(tools, ensure_ascii=False))]
-                turns = [Message(turn["role"], turn["content"]) for turn in record["question"][0]]
-                if turns[0].role == "system":
-                    system.append(turns.pop(0).text)
-                reference = {"documents": documents}
-                if "relevance" not in category:
-                    if record["id"] not in answers:
-                        raise DataError(f"{where}: {answer_path} has no answer to {record['id']}; copy both files of one release.")
-                    reference["truth"] = answers[record["id"]]
-                    reference["fault"] = fault(documents, reference["truth"], language)
-                items.append(Item(record["id"], category, [Message("system", "\n\n".join(system)), *turns], reference))
-        except (KeyError, IndexError, TypeError, AttributeError) as e:
-            raise DataError(f"{where} is no record of BFCL ({type(e).__name__}: {e}); copy the release's file again.") from None
-    if not items:
-        raise DataError(f"{folder} holds no BFCL_v4_*.json of a single-turn category; copy the data folder of bfcl-eval.")
-    return items
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            answer_path = os.path.join(folder, "possible_answer", name)
+            found += category_items(category, path, answer_path)
+    if not found:
+        raise DataError(f"{folder} holds no BFCL_v4_*.json of a single-turn category; "
+                        "copy the data folder of bfcl-eval.")
+    return found
 
 
-def tool(document: dict) -> dict:
-    """A function's document as APIGen's flat specification, which upstream too gives to models trained on APIGen: an argument
-    that may be left out says so in its type."""
+def category_items(category: str, path: str, answer_path: str) -> list[Item]:
+    """The items of one file; the relevance categories have no answers."""
+    has_answers = "relevance" not in category
+    answers = {}
+    if has_answers:
+        for where, record in unique_records(answer_path):
+            with reading(where, COPY_AGAIN):
+                answers[record["id"]] = record["ground_truth"]
+
+    found = []
+    for where, record in unique_records(path):
+        with reading(where, COPY_AGAIN):
+            item = question(record, category)
+            if has_answers:
+                if item.id not in answers:
+                    raise DataError(f"{answer_path} has no answer to {item.id}; "
+                                    "copy both files of one release.")
+                add_answer(item, answers[item.id])
+            found.append(item)
+    if not found:
+        raise DataError(f"{path} holds no records; {COPY_AGAIN}.")
+    return found
+
+
+def unique_records(path: str):
+    """Yield (where, record) of a file, each record with an id of its own."""
+    seen = {}
+    for where, record in read_records(path):
+        with reading(where, COPY_AGAIN):
+            name = record["id"]
+            if not isinstance(name, str):
+                raise TypeError(f"the id is {name!r:.50}, not text")
+            if name in seen:
+                raise DataError(f"the id {name!r:.50} was there before ({seen[name]}); "
+                                "keep one record of it.")
+        seen[name] = where
+        yield where, record
+
+
+def question(record: dict, category: str) -> Item:
+    """A record as an item without its answer: a system prompt with the functions, and the turns."""
+    documents = record["function"]
+    if not all(isinstance(d["name"], str) for d in documents):
+        raise TypeError("a function's name is not text")
+    language = language_of(category)
+    shown = documents
+    if language != "python":
+        shown = [with_string_arguments(d, language) for d in documents]
+    tools = [flat_specification(d) for d in shown]
+    system = [TOOL_PROMPT.format(json.dumps(tools, ensure_ascii=False))]
+
+    if len(record["question"]) > 1:
+        raise TypeError("several turns in a single-turn category")
+    turns = [Message(turn["role"], turn["content"]) for turn in record["question"][0]]
+    for turn in turns:
+        if not isinstance(turn.text, str) or turn.role not in ("system", "user", "assistant"):
+            raise TypeError(f"a message of {turn.role} with {type(turn.text).__name__} content")
+    if turns[0].role == "system":
+        system.append(turns.pop(0).text)
+    if not turns:
+        raise TypeError("no message of a user")
+    messages = [Message("system", "\n\n".join(system)), *turns]
+    for message in messages:
+        message.text.encode()           # raises for half a character, which no tokenizer takes
+    return Item(record["id"], category, messages, {"documents": documents})
+
+
+def flat_specification(document: dict) -> dict:
+    """A function's document in APIGen's flat form, where an optional argument's type says so.
+
+    Upstream also shows this form to models that were trained on APIGen.
+    """
     required = document["parameters"].get("required", [])
-    return document | {"parameters": {name: p | {"type": p["type"] + ", optional" * (name not in required)}
-                                      for name, p in document["parameters"]["properties"].items()}}
+    parameters = {}
+    for name, parameter in document["parameters"]["properties"].items():
+        optional = "" if name in required else ", optional"
+        parameters[name] = parameter | {"type": parameter["type"] + optional}
+    return document | {"parameters": parameters}
 
 
-def as_strings(document: dict, language: str) -> dict:
-    """A function's document for the prompt of a Java or JavaScript item: every argument is a string of source text."""
-    properties, language = {}, {"java": "Java", "javascript": "JavaScript"}[language]
-    for name, p in document["parameters"]["properties"].items():
-        of = f" of {p['items']['type']}" if "items" in p else ""
-        of += f" with the fields {json.dumps(p['properties'])}" if "properties" in p else ""
-        note = f"Written as a string: {language} source text of type {p['type']}{of}."
-        properties[name] = {"type": "string", "description": f"{p.get('description', '')} {note}".strip()}
+def with_string_arguments(document: dict, language: str) -> dict:
+    """A Java or JavaScript function's document for the prompt: each argument is source text."""
+    title = {"java": "Java", "javascript": "JavaScript"}[language]
+    properties = {}
+    for name, parameter in document["parameters"]["properties"].items():
+        kind = parameter["type"]
+        if parameter.get("items", {}).get("type"):
+            kind += f" of {parameter['items']['type']}"
+        if "properties" in parameter:
+            kind += f" with the fields {json.dumps(parameter['properties'])}"
+        description = parameter.get("description", "")
+        note = f"Written as a string: {title} source text of type {kind}."
+        properties[name] = {"type": "string", "description": f"{description} {note}".strip()}
     return document | {"parameters": document["parameters"] | {"properties": properties}}
 
 
-def fault(documents: list[dict], truth: list[dict], language: str) -> str | None:
-    """What in an item's own data refuses even a call of its accepted values, if anything does."""
-    by_name = {d["name"]: d["parameters"]["properties"] for d in documents}
-    for call in truth:
-        for name, arguments in call.items():
-            if name not in by_name:
-                return f"{name} is expected but not among the functions"
-            for argument in arguments:
-                if argument not in by_name[name]:
-                    return f"{name}'s {argument} has accepted values but is not among its parameters"
-                document, values = by_name[name][argument], arguments[argument]
-                if document["type"] not in TYPES[language]:
-                    return f"{name}'s {argument} is of the unknown type {document['type']}"
-                if not values:
-                    return f"{name}'s {argument} has no accepted value"
-                if any(type(options) is not list for v in values if type(v) is dict for options in v.values()):
-                    return f"{name}'s {argument}: a key has a value where a list of accepted values is due"
-                of_any = language == "java" and document.get("items") == {"type": "any"}
-                if of_any and any(type(x) is not str for v in values for x in v):
-                    return f"{name}'s {argument}: elements of type any are read as text, and other types are expected"
+def add_answer(item: Item, truth: list[dict]) -> None:
+    """Add the expected calls to an item's reference, and any fault that is found in them."""
+    item.reference["truth"] = truth
+    item.reference["fault"] = find_fault(item.reference["documents"], truth,
+                                         language_of(item.category))
 
+
+def find_fault(documents: list[dict], truth: list[dict], language: str) -> str | None:
+    """Why an item's own data reject even a call with accepted values, or None."""
+    properties = {d["name"]: d["parameters"]["properties"] for d in reversed(documents)}
+    if not isinstance(truth, list) or not truth:
+        return "the answer is no list of expected calls"
+    for call in truth:
+        if not isinstance(call, dict) or len(call) != 1:
+            return "an expected call is not one {function: {argument: accepted values}}"
+        name, arguments = next(iter(call.items()))
+        if name not in properties:
+            return f"{name} is expected but not among the functions"
+        if not isinstance(arguments, dict):
+            return f"{name}'s accepted values are no object"
+        for argument, values in arguments.items():
+            if argument not in properties[name]:
+                return f"{name}'s {argument} has accepted values but is not among its parameters"
+            fault = argument_fault(properties[name][argument], values, language)
+            if fault:
+                return f"{name}'s {argument}{fault}"
+    return None
+
+
+def argument_fault(document: dict, values: list, language: str) -> str | None:
+    """A fault in one argument's document or accepted values, as the end of a sentence, or None."""
+    kind = document["type"]
+    if kind not in TYPES[language]:
+        return f" is of the unknown type {kind}"
+    if kind in LISTS:
+        elements = document.get("items")
+        if not isinstance(elements, dict) or elements.get("type") not in TYPES[language]:
+            return " has elements of an unknown type"
+    if not isinstance(values, list) or not values:
+        return " has no accepted value"
+    for value in values:
+        if type(value) is dict and any(type(options) is not list for options in value.values()):
+            return ": a key has a value where a list of accepted values is due"
+    if language == "java" and document.get("items") == {"type": "any"}:
+        for value in values:
+            if any(type(element) is not str for element in value):
+                return ": elements of type any are read as text, and other types are expected"
+    return None
+
+
+# -------------------------------------------------------------------------------------------------
+# The judge
 
 def judge(item: Item, output: str) -> dict:
-    """The verdict on one output: {"correct", "reason"}, and "fault" where the item's own data are faulty."""
+    """The verdict on one output: "correct", "reason", and "fault" if the item's data have one."""
     try:
-        reason = reason(item, output)
-    except Exception as e:          # whatever a model writes gets a verdict: numbers too large to print, nesting too deep ...
+        reason = why_wrong(item, output)
+    except Exception as e:      # a model can write anything: numbers too large to print, ...
         reason = f"the calls cannot be checked: {type(e).__name__}"
-    fault = {"fault": item.reference["fault"]} if item.reference.get("fault") else {}
-    return {"correct": reason is None, "reason": reason or "correct"} | fault
+    verdict = {"correct": reason is None, "reason": reason or "correct"}
+    if item.reference.get("fault"):
+        verdict["fault"] = item.reference["fault"]
+    return verdict
 
 
-def reason(item: Item, output: str) -> str | None:
-    """Why an output is wrong, or None. "parallel" in a category goes before "multiple", which goes before the rest."""
-    language, documents = language(item.category), item.reference["documents"]
+def why_wrong(item: Item, output: str) -> str | None:
+    """Why an output is wrong, or None."""
+    language = language_of(item.category)
+    documents = item.reference["documents"]
+    failure = None
     try:
         calls = decode(output, language)
-        failure = None
-    except Exception as e:          # of ast.parse alone: SyntaxError, ValueError, RecursionError, MemoryError
-        calls, failure = [], f"no calls can be read: {e or type(e).__name__}"
+    except Exception as e:      # ast.parse and json.loads raise more than ValueError
+        calls = []
+        failure = f"no calls can be read: {str(e) or type(e).__name__}"
+
+    # Whether there is a call is all that counts in these two; text that cannot be read has none.
     if "irrelevance" in item.category:
         return f"calls {calls[0][0]!r:.100}, where no function fits" if calls else None
     if "relevance" in item.category:
-        return None if calls else failure or "no call"
+        if calls:
+            return None
+        return failure or "no call"
+
     if failure:
         return failure
-    truth = [next(iter(call.items())) for call in item.reference["truth"]]       # (name, {argument: accepted values})
+    truth = [next(iter(call.items())) for call in item.reference["truth"]]
     if len(calls) != len(truth):
         return f"{len(calls)} calls, not {len(truth)}"
-    by_name = {d["name"]: d for d in reversed(documents)}
-    if "parallel" in item.category:             # each expected call takes the first output that passes; no backtracking
-        left = list(calls)
-        for name, accepted in truth:
-            reasons = [check(call, by_name[name], accepted, language) for call in left]
-            if None not in reasons:
-                return f"no call passes for {name}: " + "; ".join(reasons)
-            left.pop(reasons.index(None))
-        return None
+    by_name = {d["name"]: d for d in reversed(documents)}       # the first of a name counts
+
+    # "parallel" goes first, as parallel_multiple holds both words and its calls have no order.
+    if "parallel" in item.category:
+        return check_in_any_order(calls, truth, by_name, language)
     name, accepted = truth[0]
-    return check(calls[0], by_name[name] if "multiple" in item.category else documents[0], accepted, language)
+    document = by_name[name] if "multiple" in item.category else documents[0]
+    return check_call(calls[0], document, accepted, language)
 
 
-def check(call, document: dict, accepted: dict, language: str) -> str | None:
-    """Why one call (name, arguments) is wrong, or None. accepted: {argument: its values}, "" among them = may be left out."""
-    (name, arguments), properties = call, document["parameters"]["properties"]
+def check_in_any_order(calls, truth, by_name: dict, language: str) -> str | None:
+    """Each expected call takes the first remaining call that passes. As upstream: no backtracking.
+
+    calls: [(name, {argument: value})]; truth: [(name, {argument: accepted values})].
+    """
+    remaining = list(calls)
+    for name, accepted in truth:
+        reasons = [check_call(call, by_name[name], accepted, language) for call in remaining]
+        if None not in reasons:
+            return f"no call passes for {name}: " + "; ".join(reasons)
+        remaining.pop(reasons.index(None))
+    return None
+
+
+def check_call(call, document: dict, accepted: dict, language: str) -> str | None:
+    """Why one call (name, {argument: value}) is wrong, or None.
+
+    accepted: {argument: its accepted values}; "" among them says that the argument may be left out.
+    """
+    name, arguments = call
+    properties = document["parameters"]["properties"]
     if name != document["name"]:
         return f"function {name!r:.100}, not {document['name']}"
     for argument in document["parameters"].get("required", []):
@@ -152,82 +271,59 @@ def check(call, document: dict, accepted: dict, language: str) -> str | None:
     for argument, value in arguments.items():
         if argument not in properties or argument not in accepted:
             return f"unexpected argument {argument!r:.100}"
-        type_name, types = properties[argument]["type"], TYPES[language]
-        expected = types[type_name]
-        inner_name = properties[argument]["items"]["type"] if type_name in ("array", "tuple", "Array", "ArrayList") else None
-        inner = types[inner_name] if inner_name else None
-        given = value
-        if language != "python":
-            if type(value) is not str:
-                return f"{argument} = {value!r:.200}: {language} values are written as strings"
-            value = (java_value if language == "java" else javascript_value)(value, type_name, inner_name)
-        elif type_name == "tuple" and type(value) is tuple:
-            value = list(value)
-        elif type_name == "float" and type(value) is int:
-            value = float(value)
-        fits, is_variable = type(value, accepted[argument], expected, inner)
-        if not fits:
-            return f"{argument} = {given!r:.200} is not of type {type_name}" + (f" of {inner_name}" if inner_name else "")
-        if not (value in accepted[argument] if is_variable else value(value, accepted[argument], expected, inner)):
-            return f"{argument} = {given!r:.200} is not among {accepted[argument]!r:.200}"
+        wrong = check_value(value, properties[argument], accepted[argument], language)
+        if wrong:
+            return f"{argument} = {value!r:.200}{wrong}"
     for argument, values in accepted.items():
         if argument not in arguments and "" not in values:
             return f"argument {argument} is missing and has no default"
     return None
 
 
-def type(value, accepted: list, expected: type, inner: type | None) -> tuple[bool, bool]:
-    """(fits, is a variable): by exact type, the items of a list one level deep. A value of the accepted values' own type
-    passes in the place of another: the data write a variable's name so."""
-    own = next((type(a) for a in accepted if a != ""), None)
-    if type(value) is not expected:
-        return type(value) is own, True
-    fits = inner is None or any(type(a) is not list or all(type(v, a, inner, None)[0] for v in value) for a in accepted)
-    return fits, own not in (None, expected)
-
-
-def standardize(value):
-    """Strings are compared without case, spaces and the punctuation ,./-_*^ and with one kind of quote."""
-    return re.sub(r"[ ,./\-_*^]", "", value).lower().replace("'", '"') if type(value) is str else value
-
-
-def value(value, accepted: list, expected: type, inner: type | None) -> bool:
-    """Is a value of the right type among the accepted ones?"""
-    if expected is dict:
-        return any(a != "" and all(k in a and standardize(v) in map(standardize, a[k]) for k, v in value.items())
-                   and all(k in value or "" in options for k, options in a.items()) for a in accepted)
-    if inner is dict:
-        return any(len(value) == len(a) and all(type(v) is dict and value(v, [b], dict, None) for v, b in zip(value, a))
-                   for a in accepted)
-    if expected is str:
-        return standardize(value) in [standardize(a) for a in accepted if type(a) is str]
-    if expected is list:
-        return [standardize(v) for v in value] in [[standardize(x) for x in a] for a in accepted]
-    return value in accepted
-
+# -------------------------------------------------------------------------------------------------
+# The summary
 
 def summary(verdicts: list[dict]) -> dict:
-    """Accuracy and count of every category present; the groups of upstream's leaderboard, each over the members it names."""
-    correct = {c: [v["correct"] for v in verdicts if v["category"] == c] for c in CATEGORIES}
-    count = {c: len(x) for c, x in correct.items() if x}
-    accuracy = {c: sum(correct[c]) / n for c, n in count.items()}
+    """Accuracy and count of each category present, and upstream's groups, each with its members."""
+    accuracy = {}
+    count = {}
+    for category in CATEGORIES:
+        correct = [v["correct"] for v in verdicts if v["category"] == category]
+        if correct:
+            accuracy[category] = sum(correct) / len(correct)
+            count[category] = len(correct)
 
-    def group(members, scores, weights=None):
-        members = [m for m in members if m in scores]
-        weights = {m: weights[m] if weights else 1 for m in members}
-        total = sum(scores[m] * weights[m] for m in members)
-        return {"accuracy": total / sum(weights.values()), "over": members} if members else None
+    # Upstream weights the live categories by their counts, and the members of any other group
+    # equally. Its overall figure is 10 % of each of the three groups here, 30 % of multi-turn and
+    # 40 % of agentic, which are not asked here.
+    groups = {"simple": mean_over(SIMPLE, accuracy)}
+    scores = accuracy | accuracies(groups)
+    groups |= {
+        "non_live_ast": mean_over(("simple", "multiple", "parallel", "parallel_multiple"), scores),
+        "live_ast": mean_over(LIVE, accuracy, count),
+        "irrelevance": mean_over(("irrelevance", "live_irrelevance"), accuracy),
+    }
+    three = ("non_live_ast", "live_ast", "irrelevance")
+    groups["overall_of_present"] = mean_over(three, accuracies(groups))
 
-    groups = {"simple": group(CATEGORIES[:3], accuracy)}
-    non_live = accuracy | ({"simple": groups["simple"]["accuracy"]} if groups["simple"] else {})
-    groups["non_live_ast"] = group(("simple", "multiple", "parallel", "parallel_multiple"), non_live)
-    groups["live_ast"] = group(CATEGORIES[7:11], accuracy, count)          # by their counts; all others by equal parts
-    groups["irrelevance"] = group(("irrelevance", "live_irrelevance"), accuracy)
-    groups = {name: g for name, g in groups.items() if g}
-    # upstream weights these three 10 : 10 : 10, beside multi-turn (30) and agentic (40), which are not asked here
-    of_groups = {name: g["accuracy"] for name, g in groups.items()}
-    groups["overall_of_present"] = group(("non_live_ast", "live_ast", "irrelevance"), of_groups)
-    return {"categories": {c: {"accuracy": accuracy[c], "count": n} for c, n in count.items()},
-            "groups": {name: g for name, g in groups.items() if g},
-            "all_items": {"accuracy": sum(v["correct"] for v in verdicts) / max(len(verdicts), 1), "count": len(verdicts)},
-            "data_faults": {v["id"]: v["fault"] for v in verdicts if v.get("fault")}}
+    all_correct = sum(v["correct"] for v in verdicts)
+    return {
+        "categories": {c: {"accuracy": accuracy[c], "count": n} for c, n in count.items()},
+        "groups": {name: group for name, group in groups.items() if group},
+        "all_items": {"accuracy": all_correct / max(len(verdicts), 1), "count": len(verdicts)},
+        "data_faults": {v["id"]: v["fault"] for v in verdicts if v.get("fault")},
+    }
+
+
+def mean_over(members, scores: dict, weights: dict | None = None) -> dict | None:
+    """The mean score of the members that have one, equal weights unless given; None if none has."""
+    present = [m for m in members if m in scores]
+    if not present:
+        return None
+    weights = weights or dict.fromkeys(present, 1)
+    total = sum(scores[m] * weights[m] for m in present)
+    return {"accuracy": total / sum(weights[m] for m in present), "over": present}
+
+
+def accuracies(groups: dict) -> dict:
+    return {name: group["accuracy"] for name, group in groups.items() if group}

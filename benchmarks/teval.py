@@ -1,188 +1,128 @@
-"""T-Eval: six abilities, scored against reference steps. Names and thoughts are compared by an embedding."""
-import ast
-import json
+"""T-Eval: six abilities of an agent, each scored against reference steps.
+
+Names, arguments and thoughts are compared by the cosine of their embeddings.
+"""
+import bisect
+import itertools
 import os
 import re
 import zlib
 
+import networkx
 import numpy as np
 
 from benchmarks import DATA_FAULT, RECORD_FAULTS, Item, data_faults
+from benchmarks.teval_replies import (
+    clean,
+    parse,
+    plan_in_text,
+    read_json_action,
+    read_marked_action,
+    read_plan,
+)
 from support.cli import DataError
 from support.readers import ROLES, Message, read_object
 
-
 MAX_NEW_TOKENS = 512
+MAX_CHARACTERS = 10_000     # of a reply; the longest reference plan has 4,600 in 20 steps
+
+# {ability: {category: the parts of its score that count}}, as upstream averages them: an ability's
+# score is the mean over its categories, the overall score is the mean over the six abilities.
+ABILITIES = {
+    "instruct": {"instruct_json": ("format", "args"), "instruct_string": ("format", "args")},
+    "plan": {"plan_json": ("f1",), "plan_str": ("f1",)},
+    "reason": {"reason_str": ("thought",), "rru_json": ("thought",)},
+    "retrieve": {"retrieve_str": ("name",), "rru_json": ("name",)},
+    "understand": {"understand_str": ("args",), "rru_json": ("args",)},
+    "review": {"review_str": ("answer",)}}
+
+# {file: category of its items}; of instruct's two categories each record names its own
+FILES = {
+    "instruct": "instruct_json", "plan_json": "plan_json", "plan_str": "plan_str",
+    "reason_retrieve_understand_json": "rru_json",      # upstream's abbreviation
+    "reason_str": "reason_str", "retrieve_str": "retrieve_str",
+    "understand_str": "understand_str", "review_str": "review_str"}
+INSTRUCT = {"json": "instruct_json", "string": "instruct_string"}
+LANGUAGES = {"en": "English", "zh": "Chinese"}
 
 
-# What upstream averages: an ability's score is the mean over its formats, the overall score the mean over the six abilities.
-# A format's score is the mean of the parts named here. "rru_json" is upstream's name of reason_retrieve_understand_json.
-TEVAL = {"instruct": {"instruct_json": ("format", "args"), "instruct_string": ("format", "args")},
-         "plan": {"plan_json": ("f1",), "plan_str": ("f1",)},
-         "reason": {"reason_str": ("thought",), "rru_json": ("thought",)},
-         "retrieve": {"retrieve_str": ("name",), "rru_json": ("name",)},
-         "understand": {"understand_str": ("args",), "rru_json": ("args",)},
-         "review": {"review_str": ("answer",)}}
-FILES = ("instruct", "plan_json", "plan_str", "reason_retrieve_understand_json", "reason_str", "retrieve_str",
-               "understand_str", "review_str")
+def items(folder: str, language: str = "en") -> list[Item]:
+    """The items of a folder's files in one language, such as plan_json_v2.json.
 
-
-def items(folder: str) -> list[Item]:
-    """The items of T-Eval's files in a folder, such as plan_json_v2.json or review_str_v1_zh.json; one version of each."""
-    files = {}
-    for file in sorted(os.listdir(folder) if os.path.isdir(folder) else []):
-        match = re.fullmatch(rf"({'|'.join(FILES)})(_v\d+)?(_zh)?\.json", file)
-        if match and match[1] in files:
-            raise DataError(f"{folder} holds both {files[match[1]]} and {file}; keep one version of each file in a folder.")
-        if match:
-            files[match[1]] = file
-    if not files:
-        raise DataError(f"{folder} holds none of {', '.join(f'{name}_v1.json' for name in FILES)}; "
-                        "give the folder of T-Eval's data with --data.")
-    items = []
-    for name in sorted(files, key=FILES.index):
-        for key, record in read_object(os.path.join(folder, files[name])).items():
-            category = "instruct_json" if name == "instruct" else name.replace("reason_retrieve_understand", "rru")
+    Chinese files ("zh") have _zh in their names, and those of upstream's subset, a fifth of the
+    data, have _subset. A folder holds one version of each file and language. An item's id is
+    CATEGORY_KEY, its key in the file.
+    """
+    paths = find_files(folder, language)
+    found = []
+    for name, path in paths.items():
+        for key, record in read_object(path).items():
+            category = FILES[name]
             try:
                 if name == "instruct":
-                    category = {"json": "instruct_json", "string": "instruct_string"}[record["meta_data"]["response_format"]]
-                messages = [Message(ROLES[turn["role"]], "" + turn["content"]) for turn in record["origin_prompt"]]
-                reference = reference(category, record)
+                    category = INSTRUCT[record["meta_data"]["response_format"]]
+                messages = []
+                for turn in record["origin_prompt"]:
+                    # "" + content raises TypeError unless it is a text
+                    messages.append(Message(ROLES[turn["role"]], "" + turn["content"]))
+                reference = read_reference(category, record)
             except RECORD_FAULTS as e:
-                messages, reference = [Message("user", "")], {"fault": f"{type(e).__name__}: {e}"}
-            items.append(Item(f"{category}_{key}", category, messages, reference))
-    if not items:
+                messages = [Message("user", "")]
+                reference = {"fault": f"{type(e).__name__}: {e}"}
+            found.append(Item(f"{category}_{key}", category, messages, reference))
+    if not found:
         raise DataError(f"the files of {folder} hold no records; fetch T-Eval's data again.")
-    return items
+    return found
 
 
-def reference(category: str, record: dict) -> dict:
+def find_files(folder: str, language: str = "en") -> dict[str, str]:
+    """{file's name without version and language: path}, in the order of FILES."""
+    pattern = re.compile(rf"({'|'.join(FILES)})(_v\d+)?((?:_subset|_zh)*)\.json")
+    found = {}
+    others = 0                  # files in the other language
+    for file in sorted(os.listdir(folder) if os.path.isdir(folder) else []):
+        match = pattern.fullmatch(file)
+        if not match:
+            continue
+        if ("_zh" in match[3]) != (language == "zh"):
+            others += 1
+            continue
+        if match[1] in found:
+            raise DataError(f"{folder} holds both {found[match[1]]} and {file}; "
+                            "keep one version of each file in a folder.")
+        found[match[1]] = file
+    if not found and others:
+        other = "en" if language == "zh" else "zh"
+        raise DataError(f"{folder} holds no files in {LANGUAGES[language]}, but {others} in "
+                        f"{LANGUAGES[other]}; choose them with --language {other}.")
+    if not found:
+        names = ", ".join(f"{name}_v1.json" for name in FILES)
+        raise DataError(f"{folder} holds none of {names}; "
+                        "give the folder of T-Eval's data with --data.")
+    return {name: os.path.join(folder, found[name]) for name in FILES if name in found}
+
+
+def read_reference(category: str, record: dict) -> dict:
     """What the judge needs of a record."""
     truth = record["ground_truth"]
     if category.startswith("plan"):
         plan = [(int(step["id"]), str(step["name"]), str(step["args"])) for step in truth]
-        return {"plan": without_finish(plan), "API_list": list(map(str, record["meta"]["API_list"]))}
+        apis = [str(name) for name in record["meta"]["API_list"]]
+        return {"plan": without_finish(plan), "API_list": apis}
     if category.startswith("instruct"):
-        ends = ("",) if category == "instruct_json" else ("_start", "_end")
-        template = {key + end: str(record["template"][key + end]) for key in ("thought", "action", "args") for end in ends}
+        names = ["thought", "action", "args"]           # of keys, or of marks around a text
+        if category == "instruct_string":
+            names = ["thought_start", "thought_end", "action_start", "action_end",
+                     "args_start", "args_end"]
+        template = {name: str(record["template"][name]) for name in names}
         return {"template": template, "action": truth["action"], "args": dict(truth["args"])}
-    if category == "rru_json":                          # arguments that are no object, such as FinishAction's, count as none
+    if category == "rru_json":
+        # arguments that are no object, such as FinishAction's, count as none
         args = truth["args"] if isinstance(truth["args"], dict) else {}
         return {"thought": str(truth["thought"]), "name": str(truth["name"]), "args": args}
-    part = {"reason_str": "thought", "retrieve_str": "name", "understand_str": "args", "review_str": "answer"}[category]
-    return {part: str(truth[part])}
-
-
-def lexical_trigrams(texts: list[str]) -> np.ndarray:
-    """(n, 1024) float32: how often each character trigram occurs, hashed. The plain stand-in for a sentence model."""
-    counts = []
-    for text in (f"  {text.lower()}  " for text in texts):
-        grams = [zlib.crc32(text[i:i + 3].encode("utf-8", "surrogatepass")) % 1024 for i in range(len(text) - 2)]
-        counts.append(np.bincount(grams, minlength=1024))
-    return np.stack(counts).astype(np.float32)
-
-
-def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(n, m) cosines of the rows of a (n, d) and b (m, d), clipped at 0; rounded, so that a text is exactly like itself."""
-    unit = lambda x: np.asarray(x) / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    return np.maximum(unit(a) @ unit(b).T, 0).astype(np.float64).round(5)
-
-
-def judge(item: Item, output: str, embed=lexical_trigrams) -> dict:
-    """Scores in [0, 1] of one output by T-Eval's rules: {"score", "parts": {name: score}}; correct if the score is 1.
-
-    embed(texts) -> (n, d) array compares names, arguments and thoughts in Plan and Reason; upstream's is the sentence model
-    all-mpnet-base-v2, the default is lexical_trigrams. Plan scores "f1"; "f1_upstream" is what upstream reports for it.
-    """
-    if "fault" in item.reference:
-        return {"correct": False, "reason": f"{DATA_FAULT} {item.reference['fault']}", "score": 0.0, "parts": {}}
-    task, _, form = item.category.rpartition("_")
-    if task == "instruct":
-        parts = judge_instruct(item.reference, output, form)
-    elif task == "plan":
-        parts = judge_plan(item.reference, output, form, embed)
-    elif task == "review":                              # "Answer: B", or anything after the first ":", by its first letter
-        letter = output[output.find(":") + 1:].strip()[:1]
-        parts = {"answer": float(letter == item.reference["answer"]), "parsed": float(letter in tuple("ABCDE"))}
-    else:
-        parts = judge_step(item.reference, output, form, embed)
-    scored = [parts[part] for formats in TEVAL.values() for part in formats.get(item.category, ())]
-    score = float(np.mean(scored))
-    reason = "correct" if score == 1 else ", ".join(f"{part} {value:.3g}" for part, value in parts.items())
-    return {"correct": score == 1, "reason": reason, "score": score, "parts": parts, "embedding": embed.__name__}
-
-
-def parse(text: str, brackets: str = ""):
-    """A reply as a Python literal, else JSON, else JSON with ' for "; with `brackets`, from the first to the last of them."""
-    if "```json" in text:
-        text = text.partition("```json")[2].strip("`")
-    if brackets:
-        text = text[text.find(brackets[0]):text.rfind(brackets[1]) + 1]
-    for parse in (ast.literal_eval, json.loads, lambda text: json.loads(text.replace("'", '"'))):
-        try:
-            return parse(text)
-        except Exception:                               # a model can provoke Syntax-, Value-, Recursion-, MemoryError and more
-            pass
-    raise ValueError("neither a Python literal nor JSON")
-
-
-def judge_instruct(reference: dict, output: str, form: str) -> dict:
-    """format: the reply has the asked form. args: (action right + number of equal arguments) / (number of arguments + 1)."""
-    template, args = reference["template"], {}
-    if form == "json":
-        try:
-            reply = parse(output)
-            _, action, args = (reply[template[key]] for key in ("thought", "action", "args"))
-        except (ValueError, KeyError, TypeError):
-            return {"format": 0.0, "args": 0.0}
-    else:
-        # the template's marks follow one another; of a mark that occurs more than once the last counts, as in upstream's
-        # pattern of greedy groups
-        to_action, to_args = template["thought_end"] + template["action_start"], template["action_end"] + template["args_start"]
-        end = max(output.rfind(template["args_end"]), 0)
-        middle = output.rfind(to_args, 0, end)
-        first = output.rfind(to_action, 0, max(middle, 0))
-        if not 0 <= output.find(template["thought_start"]) <= first - len(template["thought_start"]):
-            return {"format": 0.0, "args": 0.0}
-        action = output[first + len(to_action):middle].strip()
-        try:
-            args = ast.literal_eval(output[middle + len(to_args):end].strip())
-        except Exception:                               # see parse; the form is right all the same
-            pass
-    args = args if isinstance(args, dict) else {}
-    equal = sum(args.get(key, "") == value for key, value in reference["args"].items())
-    return {"format": 1.0, "args": ((action == reference["action"]) + equal) / (len(reference["args"]) + 1)}
-
-
-def judge_plan(reference: dict, output: str, form: str, embed) -> dict:
-    """F1 of the steps that a maximum-weight matching finds in the reference plan, in the same order."""
-    steps = []
-    if form == "json":
-        try:
-            reply = parse(output, "[]")
-            steps = [(int(s["id"]), str(s["name"]), str(s["args"])) for s in reply] if isinstance(reply, list) else []
-        except Exception:                               # no list, no step, NaN as id, an integer too long to print
-            pass
-    else:                                               # of each line or sentence: the API named first, the text its arguments
-        for i, line in enumerate(output.replace(". ", "\n").split("\n")):
-            names = [name for name in reference["API_list"] if name in line]
-            steps += [(i, min(names, key=line.find), line)] if names else []
-    plan, truth = without_finish(steps), reference["plan"]
-    correct = 0
-    if plan and truth:
-        similar = lambda part: cosine(embed([step[part] for step in plan]), embed([step[part] for step in truth]))
-        weight = 0.75 * similar(1) + 0.25 * similar(2)
-        # of matchings of equal weight (a plan may repeat a step) the one nearest to the order; upstream takes any
-        apart = np.subtract.outer(np.arange(len(plan)), np.arange(len(truth))) / (len(plan) + len(truth))
-        matched = [j for _, j in best_matching(np.where(weight > 0.8, weight - 1e-7 * apart ** 2, 0))]
-        longest = []                                    # longest[k]: of the increasing subsequences that end with matched[k]
-        for j in matched:
-            longest.append(1 + max((n for n, other in zip(longest, matched) if other < j), default=0))
-        correct = max(longest, default=0)
-    f1 = lambda correct: 2 * correct / max(len(plan) + len(truth), 1)
-    # upstream counts every step as a subsequence of length 1, matched or not, so that no plan with a step in it scores 0
-    return {"f1": f1(correct), "f1_upstream": f1(max(correct, 1)) if plan and truth else 0.0,
-            "precision": correct / max(len(plan), 1), "recall": correct / max(len(truth), 1), "parsed": float(bool(steps))}
+    key = {"reason_str": "thought", "retrieve_str": "name", "understand_str": "args",
+           "review_str": "answer"}[category]
+    return {key: str(truth[key])}
 
 
 def without_finish(plan: list[tuple]) -> list[tuple]:
@@ -191,82 +131,216 @@ def without_finish(plan: list[tuple]) -> list[tuple]:
     return plan[:-1] if plan and plan[-1][1] == "FinishAction" else plan
 
 
-def judge_step(reference: dict, output: str, form: str, embed) -> dict:
-    """Reason, Retrieve and Understand: the next step's thought, name and arguments, all in JSON or one as plain text."""
-    if form == "json":
-        try:
-            reply = parse(output, "{}")
-        except ValueError:
-            reply = None
-        if not isinstance(reply, dict):
-            return {"thought": 0.0, "name": 0.0, "args": 0.0, "parsed": 0.0}
-        args, expected = reply.get("args"), reference["args"]
-        args = args if isinstance(args, dict) else {}
-        equal = sum(key in args and plain(args[key]) == str(value) for key, value in expected.items())
-        return {"thought": float(cosine(embed([plain(reply.get("thought", ""))]), embed([reference["thought"]]))[0, 0]),
-                "name": float(plain(reply.get("name", "")) == reference["name"]),
-                "args": equal / len(expected) if expected else float(not args), "parsed": 1.0}
+def lexical_trigrams(texts: list[str]) -> np.ndarray:
+    """(n, 1024) float32: how often each character trigram occurs, by its hash.
+
+    A simple substitute for a sentence model.
+    """
+    rows = []
+    for text in texts:
+        padded = f"  {text.lower()}  "
+        trigrams = [padded[i:i + 3] for i in range(len(padded) - 2)]
+        hashes = [zlib.crc32(t.encode("utf-8", "surrogatepass")) % 1024 for t in trigrams]
+        rows.append(np.bincount(hashes, minlength=1024))
+    return np.stack(rows).astype(np.float32)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(n, m) float64 cosines of the rows of a (n, d) and b (m, d), clipped at 0."""
+    a = np.asarray(a) / np.maximum(np.linalg.norm(a, axis=1, keepdims=True), 1e-12)
+    b = np.asarray(b) / np.maximum(np.linalg.norm(b, axis=1, keepdims=True), 1e-12)
+    return np.maximum(a @ b.T, 0).astype(np.float64)
+
+
+def judge(item: Item, output: str, embed=lexical_trigrams) -> dict:
+    """The score in [0, 1] of one output by T-Eval's rules, and its parts; correct if it is 1.
+
+    embed(texts) -> (n, d) array compares names, arguments and thoughts in Plan and Reason;
+    upstream's is the sentence model all-mpnet-base-v2, in Chinese gte-large-zh. Plan's score is
+    "f1"; "f1_upstream" is what upstream reports.
+    """
+    fault = item.reference.get("fault")
+    output = clean(output)
+    if fault or len(output) > MAX_CHARACTERS:
+        too_long = f"longer than {MAX_CHARACTERS:,} characters"
+        reason = f"{DATA_FAULT} {fault}" if fault else too_long
+        return {"correct": False, "reason": reason, "score": 0.0, "parts": {}}
+    task, _, form = item.category.rpartition("_")       # form: json, string or str
+    if task == "instruct":
+        parts = judge_instruct(item.reference, output, form)
+    elif task == "plan":
+        parts = judge_plan(item.reference, output, form, embed)
+    elif task == "review":
+        parts = judge_review(item.reference, output)
+    elif form == "json":
+        parts = judge_step(item.reference, output, embed)
+    else:
+        parts = judge_text(item.reference, output, embed)
+    counted = []
+    for categories in ABILITIES.values():
+        counted += [parts[name] for name in categories.get(item.category, ())]
+    score = float(np.mean(counted))
+    reason = ", ".join(f"{name} {value:.3g}" for name, value in parts.items())
+    return {"correct": score == 1, "reason": "correct" if score == 1 else reason, "score": score,
+            "parts": parts, "embedding": embed.__name__}
+
+
+def judge_instruct(reference: dict, output: str, form: str) -> dict:
+    """format: whether the reply has the form that was asked for.
+
+    args: (action is right + number of equal arguments) / (number of arguments + 1).
+    """
+    read = read_json_action if form == "json" else read_marked_action
+    try:
+        action, args = read(reference["template"], output)
+    except ValueError:
+        return {"format": 0.0, "args": 0.0}
+    if not isinstance(args, dict):
+        args = {}
+    expected = reference["args"]
+    equal = int(action == reference["action"])
+    for name, value in expected.items():
+        equal += args.get(name, "") == value
+    return {"format": 1.0, "args": equal / (len(expected) + 1)}
+
+
+def judge_plan(reference: dict, output: str, form: str, embed) -> dict:
+    """F1 of the steps that are matched to the reference plan's and stand in the same order."""
+    steps = read_plan(output) if form == "json" else plan_in_text(output, reference["API_list"])
+    plan = without_finish(steps)
+    truth = reference["plan"]
+    correct = upstream = 0
+    if plan and truth:
+        names = cosine(embed([step[1] for step in plan]), embed([step[1] for step in truth]))
+        args = cosine(embed([step[2] for step in plan]), embed([step[2] for step in truth]))
+        # upstream's subsequences are at least 1 long, matched or not: no plan of steps scores 0
+        upstream = max(steps_in_order(0.75 * names + 0.25 * args), 1)
+
+        # A plan may repeat a step, so that matchings weigh the same but for noise in the last
+        # digits, and upstream takes any. Here it is the one that is nearest to the order.
+        distance = np.subtract.outer(np.arange(len(plan)), np.arange(len(truth)))
+        distance = distance / (len(plan) + len(truth))
+        weight = 0.75 * names.round(5) + 0.25 * args.round(5)
+        correct = steps_in_order(weight - 1e-7 * distance ** 2)
+    total = max(len(plan) + len(truth), 1)
+    return {"f1": 2 * correct / total, "f1_upstream": 2 * upstream / total,
+            "precision": correct / max(len(plan), 1), "recall": correct / max(len(truth), 1),
+            "parsed": float(bool(steps))}
+
+
+def steps_in_order(similarity: np.ndarray) -> int:
+    """The longest increasing subsequence of a maximum-weight matching of similar steps.
+
+    similarity: (steps of a plan, steps of the reference) floats. The graph's edges are entered in
+    upstream's order, so that of matchings of equal weight networkx chooses the same.
+    """
+    graph = networkx.Graph()
+    for i, j in np.argwhere(similarity > 0.8).tolist():
+        graph.add_edge(i, len(similarity) + j, weight=float(similarity[i, j]))
+    pairs = sorted(sorted(pair) for pair in networkx.max_weight_matching(graph))
+    ends = []                   # ends[k]: the least end of a subsequence of length k + 1
+    for _, j in pairs:
+        k = bisect.bisect_left(ends, j)
+        ends[k:k + 1] = [j]
+    return len(ends)
+
+
+def judge_review(reference: dict, output: str) -> dict:
+    """Review: "Answer: B", or anything after the first ":", by its first letter."""
+    letter = output[output.find(":") + 1:].strip()[:1]
+    return {"answer": float(letter == reference["answer"]),
+            "parsed": float(letter in ("A", "B", "C", "D", "E"))}
+
+
+def judge_step(reference: dict, output: str, embed) -> dict:
+    """Reason, Retrieve and Understand in one JSON object: the next step's thought, name, args."""
+    try:
+        reply = parse(output, "{}")
+    except ValueError:
+        reply = None
+    if not isinstance(reply, dict):
+        return {"thought": 0.0, "name": 0.0, "args": 0.0, "parsed": 0.0}
+    thought = safe_str(reply.get("thought", ""))
+    name = safe_str(reply.get("name", ""))
+    args = reply.get("args")
+    if not isinstance(args, dict):
+        args = {}
+    expected = reference["args"]
+    if expected:
+        equal = sum(k in args and safe_str(args[k]) == str(v) for k, v in expected.items())
+        args_score = equal / len(expected)
+    else:
+        args_score = float(not args)
+    return {"thought": similarity(thought, reference["thought"], embed),
+            "name": float(name == reference["name"]), "args": args_score, "parsed": 1.0}
+
+
+def judge_text(reference: dict, output: str, embed) -> dict:
+    """Reason, Retrieve or Understand as plain text: the next step's thought, name or argument."""
     if "thought" in reference:
-        return {"thought": float(cosine(embed([output]), embed([reference["thought"]]))[0, 0])}
-    if "name" in reference:                             # the name occurs, and no other that looks like an API's
+        return {"thought": similarity(output, reference["thought"], embed)}
+    if "name" in reference:         # it occurs, and no other name that looks like an API's
         names = re.findall(r"(?<!\w)\w+\.\w+|FinishAction", output)
-        return {"name": float(reference["name"] in output and all(name == reference["name"] for name in names))}
+        alone = all(name == reference["name"] for name in names)
+        return {"name": float(reference["name"] in output and alone)}
     return {"args": float(output.strip("'").strip('"') == reference["args"])}
 
 
-def plain(value) -> str:
-    """str(value), or "" for what Python refuses to print: integers of thousands of digits, nesting too deep."""
+def similarity(text: str, other: str, embed) -> float:
+    """The cosine of two texts' embeddings, clipped at 0; rounded, so that a text is like itself."""
+    return float(cosine(embed([text]), embed([other]))[0, 0].round(5))
+
+
+def safe_str(value) -> str:
+    """str(value), or "" where Python refuses: integers of thousands of digits, deep nesting."""
     try:
         return str(value)
     except (ValueError, RecursionError):
         return ""
 
 
-def best_matching(weight: np.ndarray) -> list[tuple[int, int]]:
-    """The pairs (i, j), by i, of a maximum-weight matching of a bipartite graph: weight (n, m), 0 where there is no edge.
-
-    The Hungarian method: rows enter one at a time, along the path of least reduced cost cost[i, j] - u[i] - v[j] to a free
-    column. Row and column 0 stand for none. O(n² m), n the smaller side.
-    """
-    if len(weight) > weight.shape[1]:
-        return sorted((i, j) for j, i in best_matching(weight.T))
-    n, m = weight.shape
-    cost, u, v = np.pad(-weight, ((1, 0), (1, 0))), np.zeros(n + 1), np.zeros(m + 1)
-    row = np.zeros(m + 1, int)                          # row[j]: the row that column j is matched to
-    for i in range(1, n + 1):
-        row[0], j = i, 0
-        least, before, seen = np.full(m + 1, np.inf), np.zeros(m + 1, int), np.zeros(m + 1, bool)
-        while row[j]:
-            seen[j] = True
-            slack = cost[row[j]] - u[row[j]] - v
-            closer = ~seen & (slack < least)
-            least[closer], before[closer] = slack[closer], j
-            j = int(np.argmin(np.where(seen, np.inf, least)))
-            step = least[j]
-            u[row[seen]] += step
-            v[seen] -= step
-            least[~seen] -= step
-        while j:                                        # shift the matches along the path
-            row[j] = row[before[j]]
-            j = before[j]
-    return sorted((int(row[j]) - 1, j - 1) for j in range(1, m + 1) if row[j] and weight[row[j] - 1, j - 1] > 0)
-
-
 def summary(verdicts: list[dict]) -> dict:
-    """Upstream's figures over the formats present: parts by format, scores by ability, the mean over abilities; and which
-    formats are missing. "plan" is from the mended F1; names ending in _upstream keep upstream's."""
-    formats, missing = {}, []
-    for name in dict.fromkeys(name for table in TEVAL.values() for name in table):
-        group = [v.get("parts", {}) for v in verdicts if v["category"] == name]
-        names = dict.fromkeys([p for table in TEVAL.values() for p in table.get(name, ())] + [p for parts in group for p in parts])
-        if group:
-            formats[name] = {"asked": len(group)} | {p: float(np.mean([parts.get(p, 0) for parts in group])) for p in names}
-        else:
-            missing.append(name)
-    score = lambda table: float(np.mean([formats[name].get(p, 0) for name, ps in table.items() if name in formats for p in ps]))
-    abilities = {ability: score(table) for ability, table in TEVAL.items() if table.keys() & formats.keys()}
-    upstream = abilities | {"plan": score(dict.fromkeys(TEVAL["plan"], ("f1_upstream",)))} if "plan" in abilities else abilities
-    return {"asked": len(verdicts), "embedding": ", ".join(sorted({v["embedding"] for v in verdicts if "embedding" in v})),
-            "overall": float(np.mean(list(abilities.values()))), "overall_upstream": float(np.mean(list(upstream.values()))),
-            "abilities": abilities, "plan_upstream": upstream.get("plan"), "formats": formats, "missing": missing,
-            "data_faults": data_faults(verdicts)}
+    """Upstream's figures over the categories present, and which categories are missing.
+
+    "formats" has the mean of each part per category, "abilities" the score of each ability, and
+    "overall" their mean. Plan is scored by its corrected F1; names that end in "_upstream" keep
+    upstream's.
+    """
+    formats = {}
+    missing = []
+    for category in dict.fromkeys(itertools.chain(*ABILITIES.values())):
+        group = [v.get("parts", {}) for v in verdicts if v["category"] == category]
+        if not group:
+            missing.append(category)
+            continue
+        # the parts that count come first; an item without output has none, and counts as 0
+        names = []
+        for table in ABILITIES.values():
+            names += table.get(category, ())
+        for parts in group:
+            names += parts
+        formats[category] = {"asked": len(group)}
+        for name in dict.fromkeys(names):
+            formats[category][name] = float(np.mean([parts.get(name, 0) for parts in group]))
+
+    def score(table):
+        """The mean over the parts that count, of the categories present."""
+        values = []
+        for category, names in table.items():
+            if category in formats:
+                values += [formats[category].get(name, 0) for name in names]
+        return float(np.mean(values))
+
+    abilities = {}
+    for ability, table in ABILITIES.items():
+        if table.keys() & formats.keys():
+            abilities[ability] = score(table)
+    upstream = dict(abilities)
+    if "plan" in abilities:
+        upstream["plan"] = score(dict.fromkeys(ABILITIES["plan"], ("f1_upstream",)))
+    embeddings = sorted({v["embedding"] for v in verdicts if "embedding" in v})
+    return {"asked": len(verdicts), "embedding": ", ".join(embeddings),
+            "overall": float(np.mean(list(abilities.values()))),
+            "overall_upstream": float(np.mean(list(upstream.values()))),
+            "abilities": abilities, "plan_upstream": upstream.get("plan"), "formats": formats,
+            "missing": missing, "data_faults": data_faults(verdicts)}

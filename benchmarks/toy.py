@@ -2,22 +2,27 @@
 import json
 import re
 
-import numpy as np
-
 from benchmarks import Item
 from support.readers import toy_samples
-
 
 MAX_NEW_TOKENS = 96
 
 
 def items(count: int, seed: int) -> list[Item]:
-    return [Item(s.id, kind, s.messages[:-1], s.messages[-1].text) for kind in ("held_in", "held_out")
-            for s in toy_samples(count, seed, held_out=kind == "held_out")]
+    """`count` fresh samples of each kind: held-in, and held-out (other words, other wordings)."""
+    asked = []
+    for kind in ("held_in", "held_out"):
+        for sample in toy_samples(count, seed, held_out=kind == "held_out"):
+            *prompt, answer = sample.messages
+            asked.append(Item(sample.id, kind, prompt, answer.text))
+    return asked
 
 
 def parse_call(text: str):
-    """(tool, arguments) of a Thought / Action / Action Input turn; ValueError says what is missing. Nothing is executed."""
+    """(tool, arguments) of a Thought / Action / Action Input turn. Nothing is executed.
+
+    Raises ValueError, saying what is missing.
+    """
     match = re.search(r"Action: *(\S+)\s+Action Input: *(\{.*\})", text, re.DOTALL)
     if not match:
         raise ValueError("no 'Action: ... Action Input: {...}'")
@@ -40,5 +45,9 @@ def judge(item: Item, output: str) -> dict:
 
 
 def summary(verdicts: list[dict]) -> dict:
-    kinds = dict.fromkeys(v["category"] for v in verdicts)
-    return {"success": {k: float(np.mean([v["correct"] for v in verdicts if v["category"] == k])) for k in kinds}}
+    """The share of right calls of each kind."""
+    success = {}
+    for kind in dict.fromkeys(v["category"] for v in verdicts):
+        correct = [v["correct"] for v in verdicts if v["category"] == kind]
+        success[kind] = sum(correct) / len(correct)
+    return {"success": success}

@@ -1,1 +1,2 @@
-"""What a reader of the paper can skip: options, files, formats, templates, ranks, checkpoints, decoding, pages."""
+"""What a reader of the paper can skip: options, files, formats, templates, ranks, checkpoints,
+decoding, pages."""

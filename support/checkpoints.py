@@ -1,100 +1,213 @@
-"""Checkpoints: OUT/checkpoints/step-00000500, torch.distributed.checkpoint's files plus state.json. Each rank writes its own
-shard; any number of ranks can read it. Whatever ends a run, a directory of that name is whole: it is renamed when it is."""
+"""The trained model, and checkpoints that outlive a kill, a full disk, another number of ranks.
+
+OUT/checkpoints/step-00000500 holds torch.distributed.checkpoint's files and state.json. Each rank
+writes its own shard, and any number of ranks can read it. A directory of that name is always
+complete: it is written under a temporary name and renamed.
+"""
+import contextlib
 import json
 import os
 import re
-import shutil
+import signal
+import sys
+import threading
 import warnings
 
 import torch
 import torch.distributed.checkpoint as dcp
 
 from support.cli import DataError
-from support.distributed import barrier, rank_and_world
-from support.files import write_json
+from support.distributed import not_finite, on_rank_0, rank_and_world
+from support.files import (
+    damaged_file,
+    make_folder,
+    remove_folder,
+    replacing,
+    write_checksums,
+    write_json,
+    writing,
+)
+from support.templates import copy_tokenizer
+
+# repeated at every checkpoint of a single process
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")      # said at every checkpoint of a single process
-
-
-def checkpoints(root: str) -> list[str]:
-    """The names of the whole checkpoints in a directory, oldest first."""
-    return sorted(name for name in os.listdir(root) if re.fullmatch(r"step-\d+", name)) if os.path.isdir(root) else []
+def complete_checkpoints(root: str) -> list[str]:
+    """The names of the complete checkpoints in a directory, oldest first."""
+    if not os.path.isdir(root):
+        return []
+    return sorted(name for name in os.listdir(root) if re.fullmatch(r"step-\d+", name))
 
 
 def training_state(model, optimizer) -> dict[str, torch.Tensor]:
-    """Every tensor that training changes. AdamW makes its own at the first step; here they are made before, to be loaded into."""
+    """Every tensor that training changes, by name.
+
+    AdamW allocates its moments lazily; allocate them now, so that a checkpoint can be loaded into
+    them before the first step.
+    """
     state = {"rng": torch.get_rng_state()}
     for name, p in model.named_parameters():
         moments = optimizer.state[p]
         if not moments:
-            moments |= {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        state |= {name: p.detach()} | {f"{name} {key}": tensor for key, tensor in moments.items()}
+            moments["step"] = torch.zeros((), device=p.device)
+            moments["exp_avg"] = torch.zeros_like(p)
+            moments["exp_avg_sq"] = torch.zeros_like(p)
+        state[name] = p.detach()
+        for key, tensor in moments.items():
+            state[f"{name} {key}"] = tensor
     return state
 
 
-def save_checkpoint(out: str, step: int, model, optimizer, run: dict, keep: int) -> None:
-    """Write the checkpoint of a step aside, rename it, and remove all but the last `keep`. Raises CheckpointError."""
-    root, (rank, _) = os.path.join(out, "checkpoints"), rank_and_world()
-    aside = os.path.join(root, f"step-{step:08}.tmp")
-    if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)            # left by a run that was killed while it wrote
-    barrier()
+def save_checkpoint(out: str, step: int, model, optimizer, settings: dict, keep: int) -> None:
+    """Write the checkpoint of a step, and remove all but the newest `keep`.
+
+    settings: what --resume must find unchanged. Raises DataError where it cannot be written.
+    """
+    root = os.path.join(out, "checkpoints")
+    path = os.path.join(root, f"step-{step:08}")
+    temporary = path + ".tmp"
+
+    def finish():
+        write_json(os.path.join(temporary, "state.json"), {"step": step, "run": settings})
+        write_checksums(temporary)
+        os.rename(temporary, path)
+        for old in complete_checkpoints(root)[:-keep]:
+            with contextlib.suppress(DataError):    # another's
+                remove_folder(os.path.join(root, old))
+
     try:
-        dcp.save(training_state(model, optimizer), checkpoint_id=aside)
-        if rank == 0:
-            sizes = {name: os.path.getsize(os.path.join(aside, name)) for name in sorted(os.listdir(aside))}
-            write_json(os.path.join(aside, "state.json"), {"step": step, "run": run, "files": sizes})
-            os.rename(aside, aside.removesuffix(".tmp"))
-            for old in checkpoints(root)[:-keep]:
-                shutil.rmtree(os.path.join(root, old))
-    except (dcp.api.CheckpointException, OSError, RuntimeError) as e:
-        if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"the checkpoint of step {step} could not be written ({reason(e)}); the ones before it in {root} are as they "
-                              "were. Make room, then go on with --resume.") from None
+        on_rank_0(begin_folder, temporary)
+        dcp.save(training_state(model, optimizer), checkpoint_id=temporary)
+        on_rank_0(finish)
+    except (dcp.api.CheckpointException, DataError, OSError, RuntimeError) as e:
+        give_up_folder(temporary)
+        raise DataError(
+            f"the checkpoint of step {step} could not be written ({root_cause(e)}); "
+            f"the ones before it in {root} are as they were. "
+            "Make room, then go on with --resume.") from None
 
 
-def load_checkpoint(out: str, model, optimizer, run: dict) -> int:
-    """Load the newest checkpoint of `out` in place; the number of steps done, 0 where there is none. Raises CheckpointError."""
-    root, (rank, _) = os.path.join(out, "checkpoints"), rank_and_world()
-    names = checkpoints(root)
+def begin_folder(temporary: str) -> None:
+    remove_folder(temporary)                        # left by a run killed while writing
+    make_folder(temporary, "train.py")
+
+
+def give_up_folder(temporary: str) -> None:
+    if rank_and_world()[0] == 0:
+        with contextlib.suppress(DataError):
+            remove_folder(temporary)
+
+
+def stored_dtype(model) -> torch.dtype | None:
+    """The dtype of the base's own files."""
+    stored = model.config.extra                         # transformers 5 says dtype, 4 torch_dtype
+    return getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")), None)
+
+
+def check_weights(model) -> None:
+    """Raise DataError for weights that are not finite as they are to be stored."""
+    for name in not_finite(model, stored_dtype(model)):
+        raise DataError(f"after the last step {name} is not finite; lower --lr. "
+                        "The checkpoints made before are as they were.")
+
+
+def save_model(model, tokenizer: str, path: str) -> None:
+    """Write a Hugging Face directory in the dtype of the base's own files.
+
+    tokenizer: the directory to copy it from. Raises DataError, on all ranks, where the model cannot
+    be written or is not finite; nothing is left of it then.
+    """
+    check_weights(model)
+    temporary = path + ".tmp"
+    failure = None
+
+    def finish():
+        if failure:
+            raise DataError(failure)
+        with writing(path):
+            copy_tokenizer(tokenizer, temporary)
+            remove_folder(path)
+            os.rename(temporary, path)
+
+    try:
+        on_rank_0(begin_folder, temporary)
+        try:
+            model.save_pretrained(temporary, stored_dtype(model))
+        except (OSError, ValueError) as e:              # on rank 0; ValueError: CheckpointError
+            failure = f"{path}: {e}"
+        on_rank_0(finish)
+    except DataError:
+        give_up_folder(temporary)
+        raise
+
+
+def save_last(out: str, step: int, model, optimizer, settings: dict, keep: int, tokenizer) -> None:
+    """Save OUT/model or, where there is no room for it, a checkpoint of the last step.
+
+    Raises DataError then.
+    """
+    check_weights(model)
+    try:
+        save_model(model, tokenizer, os.path.join(out, "model"))
+        return
+    except DataError as e:
+        failure = str(e)
+    if f"step-{step:08}" not in complete_checkpoints(os.path.join(out, "checkpoints")):
+        try:
+            save_checkpoint(out, step, model, optimizer, settings, keep)
+        except DataError as e:
+            raise DataError(f"{failure} And {e}") from None
+    raise DataError(f"{failure} Nothing is lost: {out}/checkpoints keeps step {step}. Make room, "
+                    "then go on with --resume.")
+
+
+def load_checkpoint(out: str, model, optimizer, settings: dict) -> int:
+    """Load the newest checkpoint of `out` in place; returns the number of steps it has behind it.
+
+    0 where there is none. Raises DataError where it is damaged or of a run with other settings.
+    """
+    root = os.path.join(out, "checkpoints")
+    rank, _ = rank_and_world()
+    names = complete_checkpoints(root)
     if not names:
         if rank == 0:
             print(f"{out} holds no checkpoint: starting from the beginning")
         return 0
     path = os.path.join(root, names[-1])
     try:
-        with open(os.path.join(path, "state.json"), encoding="utf-8") as f:
-            try:
-                saved = json.load(f)
-            except ValueError as e:
-                raise OSError(f"state.json is not JSON: {e}") from None
-        short = [name for name, size in saved["files"].items() if os.path.getsize(os.path.join(path, name)) != size]
-        if short:
-            raise OSError(f"{short[0]} is cut short")
-        differs = [key for key in run.keys() | saved["run"].keys() if run.get(key) != saved["run"].get(key)]
-        if differs:
-            raise CheckpointError(f"{path} is of a run with another {' and '.join(sorted(differs))}; give the options it was "
-                                  "started with, or choose another --out.")
+        damaged = on_rank_0(damaged_file, path)
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
+        with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
+            saved = json.load(file)
+        keys = settings.keys() | saved["run"].keys()
+        differing = sorted(key for key in keys if settings.get(key) != saved["run"].get(key))
+        if differing:
+            raise DataError(
+                f"{path} is of a run with another {' and '.join(differing)}; "
+                "give the options it was started with, or choose another --out.")
         state = training_state(model, optimizer)
         dcp.load(state, checkpoint_id=path)
-    except CheckpointError:
+    except DataError:
         raise
-    except Exception as e:                                  # a damaged file surfaces as almost any error
-        raise CheckpointError(f"{path} cannot be read ({reason(e)}); remove it, and --resume goes on from "
-                              + (names[-2] if len(names) > 1 else "the beginning") + ".") from None
+    # damaged files raise almost anything, and this one is no Exception
+    except (Exception, dcp.api.CheckpointException) as e:
+        previous = names[-2] if len(names) > 1 else "the beginning"
+        raise DataError(f"{path} cannot be read ({root_cause(e)}); "
+                        f"remove it, and --resume goes on from {previous}.") from None
     torch.set_rng_state(state["rng"])
     if rank == 0:
         print(f"resumed from {path}")
     return saved["step"]
 
 
-def reason(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """The first cause of an error, in one line."""
     cause = error
     while cause:
-        error, failures = cause, getattr(cause, "failures", None)       # {rank: (its error, its stack)}
+        error = cause
+        failures = getattr(cause, "failures", None)     # {rank: (its error, its stack)}
         if failures:
             cause = next(iter(failures.values()))[0]
         elif cause.__suppress_context__:
@@ -105,13 +218,44 @@ def reason(error: BaseException) -> str:
 
 
 def open_metrics(path: str, steps: int):
-    """The metrics of the first `steps` steps, and the file to append more to, from which later lines are removed: those are of
-    steps that no checkpoint has kept."""
+    """The metrics of the first `steps` steps, and the file open for appending the next ones.
+
+    Later lines belong to steps that no checkpoint has kept; they are removed. Without a file the
+    earlier metrics are lost, and that is all. Raises DataError where it does not hold the steps.
+    """
     metrics = []
-    if steps:
-        with open(path, encoding="utf-8") as f:
-            metrics = [json.loads(line) for line, _ in zip(f, range(steps))]
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(m) + "\n" for m in metrics)
-    os.replace(path + ".tmp", path)
+    if steps and os.path.exists(path):
+        try:
+            with open(path, encoding="utf-8") as file:
+                metrics = [json.loads(line) for line, _ in zip(file, range(steps), strict=False)]
+            if [row["step"] for row in metrics] != list(range(1, steps + 1)):
+                raise ValueError("a step is missing")
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+            raise DataError(f"{path} does not hold the metrics of the first {steps} steps ({e}); "
+                            "put it back, or move it away to go on without them.") from None
+    with replacing(path) as file:
+        file.writelines(json.dumps(m) + "\n" for m in metrics)
     return metrics, open(path, "a", encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------
+# Told to stop: by SIGTERM, which schedulers send before they take the machine away, by SIGHUP, when
+# the terminal is closed, or by Ctrl-C
+
+told_to_stop = threading.Event()
+
+
+def on_stop(handler, *signals) -> None:
+    """Have SIGTERM, SIGHUP and other signals handled, but for those ignored, as under nohup."""
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM), *signals):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def stop_after_this_step(number, _) -> None:
+    """A signal handler: train.py finishes its step, writes a checkpoint and exits."""
+    told_to_stop.set()
+    if number == signal.SIGINT:
+        print("\nstopping after this step, with a checkpoint; Ctrl-C again to stop at once",
+              file=sys.stderr)
+        signal.signal(number, signal.default_int_handler)

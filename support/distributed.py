@@ -4,9 +4,7 @@ A rank holds the whole model or, of a sharded one (FSDP2), a block of rows of ev
 its gradient and of its optimizer state.
 """
 import atexit
-import ctypes
 import os
-import sys
 import timeit
 
 import torch
@@ -16,16 +14,34 @@ from torch import nn
 from support.cli import DataError
 
 
-def init_distributed() -> torch.device:
-    """Set this process up, torch.distributed too if torchrun started it; returns its device."""
+def init_distributed(dtype: str | None = None) -> torch.device:
+    """Set this process up, torch.distributed too if torchrun started it; returns its device.
+
+    dtype: the precision of matrix products, see use_dtype; rank 0 says which it is.
+    """
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    world = os.environ.get("WORLD_SIZE", "1")
+    if missing and (world != "1" or "RANK" in os.environ):
+        there = [name for name in needed[:2] if name in os.environ]
+        raise DataError(f"{' and '.join(there)} in the environment, but no {' or '.join(missing)}: "
+                        "start several processes with torchrun, or unset them for a single one.")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    else:
-        tune_malloc()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        init_process_group(device)
+    if world != "1":
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (ValueError, RuntimeError) as e:
+            settings = ", ".join(f"{name}={os.environ[name]}" for name in needed)
+            raise DataError(f"the processes found no way to each other ({e}); "
+                            f"the environment has {settings}.") from None
+        atexit.register(dist.destroy_process_group)
+    if dtype:
+        which = use_dtype(dtype, device)
+        if rank_and_world()[0] == 0:
+            print(which)
     return device
 
 
@@ -44,6 +60,23 @@ def barrier() -> None:
     """Wait until every rank has come here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def on_rank_0(action, *arguments):
+    """Call action(*arguments) on rank 0; all ranks return its result or raise its DataError."""
+    result, failure = None, None
+    if rank_and_world()[0] == 0:
+        try:
+            result = action(*arguments)
+        except (DataError, OSError) as e:
+            failure = str(e)
+    shared = [result, failure]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared)
+    result, failure = shared
+    if failure is not None:
+        raise DataError(failure)
+    return result
 
 
 def sum_over_ranks(*tensors: torch.Tensor) -> None:
@@ -164,27 +197,50 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     return (norm.full_tensor() if is_sharded(norm) else norm).item()
 
 
-def choose_dtype(choice: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of matrix products, and why. choice: "auto", "float32" or "bfloat16".
+@torch.no_grad()
+def not_finite(model: nn.Module, dtype=None) -> list[str]:
+    """The names of the parameters with NaN, infinity, or a number too large for `dtype`.
 
-    "auto" is bfloat16 where the device multiplies it natively: elsewhere it is the slower of the
+    dtype: by default their own. All ranks must call this.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    bad = torch.zeros(len(names), device=model.head.device)
+    for i, p in enumerate(model.parameters()):
+        local = p.to_local() if is_sharded(p) else p
+        if local.numel():
+            low, high = local.aminmax()
+            limit = torch.finfo(dtype or p.dtype).max
+            bad[i] = ~((low >= -limit) & (high <= limit))
+    sum_over_ranks(bad)
+    return [names[int(i)] for i in bad.nonzero()]
+
+
+precision = None            # of matrix products, set once per process by use_dtype
+
+
+def use_dtype(choice: str, device: torch.device) -> str:
+    """Set the precision of matrix products: "auto", "float32" or "bfloat16". Returns which and why.
+
+    "auto" is bfloat16 where the device multiplies it natively; elsewhere it is the slower of the
     two. All ranks get the same.
     """
-    if choice != "auto":
-        return getattr(torch, choice), "as asked"
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-        reason = torch.cuda.get_device_name(device)
-    else:
-        native, reason = cpu_multiplies_bf16()
+    global precision
+    native = choice == "bfloat16"
+    reason = "--dtype"
+    if choice == "auto":
+        native, reason = multiplies_bf16(device)
     votes = torch.tensor(float(native), device=device)
     sum_over_ranks(votes)
     _, world = rank_and_world()
-    return torch.bfloat16 if votes == world else torch.float32, reason
+    precision = torch.bfloat16 if votes == world else torch.float32
+    return f"matrix products in {str(precision).removeprefix('torch.')} ({reason})"
 
 
-def cpu_multiplies_bf16() -> tuple[bool, str]:
-    """Has this CPU an instruction that multiplies bf16? And how that was found out."""
+def multiplies_bf16(device: torch.device) -> tuple[bool, str]:
+    """Does the device multiply bf16 natively? And how that was found out."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return torch.cuda.get_device_capability(device) >= (8, 0), name
     flags = set()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as f:
@@ -202,34 +258,11 @@ def cpu_multiplies_bf16() -> tuple[bool, str]:
     return ratio > 1.2, f"a product in bfloat16 ran at {ratio:.1f} x float32's speed"
 
 
-def mixed_precision(device: torch.device, dtype: torch.dtype):
-    """Matrix products in `dtype`, bfloat16 or float32. Losses stay float32 either way, and so do
-    the weights that the optimizer sees, sharded or not."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+def mixed_precision(device: torch.device):
+    """Matrix products in the precision of use_dtype; without it bfloat16 on CUDA, else float32.
 
-
-SMALL_MODEL = 10**7         # parameters
-
-
-def limit_threads(model: nn.Module) -> None:
-    """Run a small model on one thread, unless OMP_NUM_THREADS says otherwise.
-
-    Its products are over before a second thread has taken its half; and on a busy machine the
-    threads spin, each waiting for the one that does not run.
+    "auto" is bfloat16 where the device multiplies it natively: elsewhere it is the slower of the
+    two. All ranks get the same.
     """
-    parameters = sum(p.numel() for p in model.parameters())
-    if parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-
-
-def tune_malloc() -> None:
-    """On Linux's CPUs: use huge pages, and never return freed memory to the system.
-
-    Page faults cost 5-7 % of a run's first steps. It changes the whole process: call it before the
-    first tensor is made.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch reads it when it first allocates
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):                            # glibc
-        libc.mallopt(-1, -1)                                # M_TRIM_THRESHOLD: keep the heap's top
-        libc.mallopt(-4, 0)                                 # M_MMAP_MAX: large tensors in the heap
+    bf16 = device.type == "cuda" if precision is None else precision == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

@@ -92,7 +92,7 @@ def generate_stream(model, prompts: list[list[int]], max_new_tokens: int, stop_i
             capacity = room[waiting[-1]]
             cache = KVCache(min(len(waiting), max(1, cache_tokens // capacity)), capacity)
 
-        # the rows at work go on by one token
+        # running rows advance by one token
         hidden = []                                                 # (rows, H) of last tokens
         if alive:
             last_ids = [outputs[i][-1] for i in alive]
@@ -110,7 +110,7 @@ def generate_stream(model, prompts: list[list[int]], max_new_tokens: int, stop_i
         logits = F.linear(torch.cat(hidden), model.head).float()    # (rows, V)
         next_ids = choose(logits, temperature)
 
-        # from the last row on, so that the row that fills a gap has been seen
+        # from the last row to the first: the row moved into a gap has been handled already
         for row in reversed(range(len(alive))):
             i = alive[row]
             stopped = next_ids[row] in stop_ids

@@ -1,22 +1,27 @@
-"""Samples, and the file formats they come in: APIGen, ToolBench, ShareGPT, messages, and the toy."""
+"""Samples, and the formats they come in: APIGen, ToolBench, ShareGPT, messages, and the toy."""
 import itertools
 import json
-import os
 import re
-from dataclasses import dataclass
-
-from tqdm import tqdm
+from dataclasses import dataclass, field
 
 from support.cli import DataError
+from support.records import read_object as read_object  # these two are public here
+from support.records import read_records as read_records
+from support.records import reading
 from toy.task import toy_records
+
+LONGEST_SAMPLE = 2**24      # characters of its record; no model reads four million tokens
 
 
 @dataclass
 class Message:
     role: str                       # "system", "user", "assistant" or "tool"
     text: str
-    parts: list | None = None       # where known, [(text, token role)] that concatenate to `text`: the truth SHAD is judged by
+    role_spans: list | None = None  # true roles, if known: (text, role) pairs that make up `text`
     scored: bool = True             # an assistant turn with scored=False is context, not output
+    # The same turn as a model's own chat template takes it, where role and text do not say it all:
+    # with tool_calls, say. {} where that template writes it itself, as it does the list of tools.
+    turn: dict | None = field(default=None, compare=False)
 
     @property
     def is_output(self) -> bool:
@@ -27,167 +32,292 @@ class Message:
 class Sample:
     id: str
     messages: list[Message]
+    tools: list | None = None       # for a model's own chat template
 
 
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-         "function_call": "assistant", "function": "tool", "observation": "tool", "tool": "tool"}
+# What the formats call a speaker, and the role it has here.
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "tool": "tool",
+}
+
+# What an output token can be: chosen from the input, fixed by the format, connecting the two, or a
+# boundary: it ends a name or value, or decides whether another follows. A boundary depends on the
+# input in part, so that calling it reasoning or boilerplate is neither right nor wrong.
+SPAN_ROLES = ("reasoning", "format", "connecting", "boundary")
 
 TOOL_PROMPT = ('You can call these functions:\n{}\nAnswer with a JSON list of calls: '
                '[{{"name": "...", "arguments": {{...}}}}]')
 
 
-def read_samples(path_or_name: str) -> list[Sample]:
-    """The samples of a JSON or JSON Lines file, its format recognised from each record; or "toy" for 4,000 toy samples.
+# --------------------------------------------------------------------------------------------------
+# From a name to samples
 
-    A slice may follow, as in "train.json[:300]" or "toy[100:200]". Raises DataError, naming the file and the record, for what
-    is in no known format or has nothing to learn from.
+def read_samples(path_or_name: str, native_calls: bool = False) -> list[Sample]:
+    """The samples of a JSON or JSON Lines file, or of "toy", which has 4,000.
+
+    The format is recognised from each record. A slice may follow the name, as in
+    "train.json[:300]" or "toy[100:200]". native_calls: APIGen's and ShareGPT's calls become tool
+    calls for the model's own chat template; else they are text. Raises DataError, naming the file
+    and the record, for a record in no known format or with nothing to learn from.
     """
-    return list(stream_samples(path_or_name))
+    return list(stream_samples(path_or_name, native_calls=native_calls))
+
+
+def stream_samples(path_or_name: str, progress: bool = False, native_calls: bool = False):
+    """Yield what read_samples returns, holding little more than one sample in memory."""
+    name, first, last = split_slice(path_or_name)
+    if name == "toy":
+        samples = toy_samples(4000, seed=0)
+    else:
+        samples = parse_samples(name, progress, native_calls)
+    empty = True
+    for sample in itertools.islice(samples, first, last):
+        empty = False
+        yield sample
+    if empty:
+        verb = "holds" if name == path_or_name else "selects"
+        raise DataError(f"{path_or_name} {verb} no samples.")
 
 
 def split_slice(path_or_name: str) -> tuple[str, int, int | None]:
     """("train.json", 0, 300) of "train.json[:300]"."""
-    sliced = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", path_or_name)
-    return (sliced[1], int(sliced[2] or 0), int(sliced[3]) if sliced[3] else None) if sliced else (path_or_name, 0, None)
-
-
-def stream_samples(path_or_name: str, progress: bool = False):
-    """Yield what read_samples returns, holding little more than one sample at a time."""
-    name, first, last = split_slice(path_or_name)
-    empty = True
-    for sample in itertools.islice(toy_samples(4000, seed=0) if name == "toy" else parse_samples(name, progress), first, last):
-        empty = False
-        yield sample
-    if empty:
-        raise DataError(f"{path_or_name} {'selects' if name != path_or_name else 'holds'} no samples.")
+    sliced = re.fullmatch(r"(.+)\[(\d{0,18}):(\d{0,18})\]", path_or_name)
+    if not sliced:
+        return path_or_name, 0, None
+    name, first, last = sliced.groups()
+    return name, int(first or 0), int(last) if last else None
 
 
 def toy_samples(count: int, seed: int, held_out: bool = False) -> list[Sample]:
     """Samples of the toy: see toy/task.py."""
-    return [read_record(record, i) for i, record in enumerate(toy_records(count, seed, held_out))]
+    records = toy_records(count, seed, held_out)
+    return [read_record(record, index) for index, record in enumerate(records)]
 
 
-def parse_samples(path: str, progress: bool):
-    for index, (where, record) in enumerate(read_records(path, progress)):
-        try:
-            sample = read_record(record, index)
-        except DataError as e:
-            raise DataError(f"{where}: {e}") from None
-        except KeyError as e:
-            raise DataError(f"{where} lacks {e} where its format has it; mend or remove the record.") from None
-        except (TypeError, AttributeError, ValueError) as e:
-            raise DataError(f"{where} is not built as its format is ({e}); mend or remove the record.") from None
-        if not any(m.is_output and m.text for m in sample.messages):
-            raise DataError(f"{where} has no assistant turn, so there is nothing to learn from it; remove the record.")
+def parse_samples(path: str, progress: bool, native_calls: bool):
+    """Yield the sample of each record of a file."""
+    records = read_records(path, progress, LONGEST_SAMPLE)
+    for index, (where, record) in enumerate(records):
+        with reading(where, "fix or remove the record"):
+            sample = read_record(record, index, native_calls)
+        if not any(message.is_output and message.text for message in sample.messages):
+            raise DataError(f"{where} has no assistant turn, so there is nothing to learn from it; "
+                            "remove the record.")
         yield sample
 
 
-def read_records(path: str, progress: bool = False):
-    """Yield (where, record) of a JSON list or a JSON Lines file of any size, holding little more than one record."""
-    line = 0
-    try:
-        with open(path, encoding="utf-8-sig") as f, tqdm(
-                total=os.path.getsize(path), desc=f"read {path}", unit="B", unit_scale=True, disable=not progress, delay=1) as bar:
-            head = f.read(2**16).lstrip()
-            f.seek(0)
-            if head[:1] == "[":
-                for i, record in enumerate(list_elements(f, bar), 1):
-                    yield f"{path}, record {i}", record
-            elif head.split("\n")[0].strip() == "{":            # a single record over several lines
-                yield f"{path}, record 1", json.load(f)
-            else:
-                for line, row in enumerate(f, 1):
-                    bar.update(len(row))
-                    if row.strip():
-                        yield f"{path}, line {line}", json.loads(row)
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path} cannot be read ({getattr(e, 'strerror', None) or 'not UTF-8 text'}).") from None
-    except json.JSONDecodeError as e:
-        raise DataError(f"{path}, line {line or e.lineno}: not JSON ({e.msg}); mend the line, or export the file again.") from None
+# --------------------------------------------------------------------------------------------------
+# From a record to a sample
 
-
-def list_elements(f, bar):
-    """Yield the elements of one JSON list, read a megabyte at a time. Raises JSONDecodeError with the line of the file."""
-    text, at, line, ended, opening = "", 0, 1, False, True      # `text` is what is held, from `line` on, used up to `at`
-
-    def fail(message, position):
-        e = json.JSONDecodeError(message, text, position)
-        e.lineno = line + text.count("\n", 0, position)
-        raise e
-
-    while True:
-        separator = re.compile(r"\s*([\[,\]]?)\s*").match(text, at)
-        mark, start = separator[1], separator.end()
-        more = start == len(text)                           # what is held ends here, but does the file?
-        if not more:
-            if mark == "]" or opening and mark == "[" and text[start] == "]":
-                return
-            if mark != ("[" if opening else ","):
-                fail("Expecting ',' delimiter", start)
-            try:
-                element, end = json.JSONDecoder().raw_decode(text, start)
-                more = end == len(text)                     # 12 may go on as 123
-            except json.JSONDecodeError as e:
-                # cut in a string, or at most a few characters before the end, in an escape or a literal
-                more = e.msg.startswith("Unterminated") or e.pos > len(text) - 16
-                if ended or not more:
-                    fail(e.msg, e.pos)
-        if more and not ended:
-            piece = f.read(max(2**20, len(text) - at))
-            bar.update(len(piece))
-            line, text, at, ended = line + text.count("\n", 0, at), text[at:] + piece, 0, not piece
-        elif start == len(text):                            # the file has ended
-            if mark == "]":
-                return
-            fail("Expecting value" if mark else "Expecting ',' delimiter", start)
-        else:
-            yield element
-            at, opening = end, False
-
-
-def read_record(record: dict, index: int) -> Sample:
-    """One record of any known format. Raises DataError, KeyError or TypeError for an unknown or broken one."""
+def read_record(record: dict, index: int, native_calls: bool = False) -> Sample:
+    """One record of any known format. Raises DataError, or whatever else goes wrong in a broken
+    record: see `reading`."""
     if not isinstance(record, dict):
         raise DataError(f"a {type(record).__name__} where an object was expected.")
-    name, messages = str(record.get("id", index)), []
-    if "query" in record and "answers" in record:                                   # APIGen / xlam-function-calling-60k
-        tools, answers = as_json(record["tools"]), as_json(record["answers"])
-        messages = [Message("system", TOOL_PROMPT.format(tools)), Message("user", record["query"]),
-                    Message("assistant", answers, call_parts(answers))]
-    elif "conversations" in record:                                                 # ToolBench, ShareGPT
-        system = [record["system"]] if record.get("system") else []
-        if record.get("tools") not in (None, "", "[]", []):                         # ShareGPT's tool-calling variant
-            system.append(TOOL_PROMPT.format(as_json(record["tools"])))
-        if system:
-            messages.append(Message("system", "\n\n".join(system)))
-        for turn in record["conversations"]:
-            if turn["from"] not in ROLES:
-                raise DataError(f"unknown speaker {turn['from']!r}; known are {', '.join(ROLES)}.")
-            # ToolBench's texts begin with "\n", which its own prompts leave out: without it both agree
-            messages.append(Message(ROLES[turn["from"]], turn["value"].strip("\n")))
-        if re.match(r"Step \d+:", name):                # ToolBench, one record a step: only the last turn is new
-            for m in messages[:-1]:
-                m.scored = False
-    elif "messages" in record:                                                      # the chat format of OpenAI and TRL
-        for turn in record["messages"]:
-            text = turn.get("content") or ""
-            if turn.get("tool_calls"):
-                calls = [c.get("function", c) for c in turn["tool_calls"]]
-                text += json.dumps([{"name": c["name"], "arguments": json.loads(c["arguments"]) if isinstance(
-                    c["arguments"], str) else c["arguments"]} for c in calls], ensure_ascii=False)
-            if turn["role"] not in ROLES:
-                raise DataError(f"unknown role {turn['role']!r}; known are {', '.join(ROLES)}.")
-            messages.append(Message(ROLES[turn["role"]], text))
-        if record.get("tools"):
-            own = [messages.pop(0).text] if messages[0].role == "system" else []
-            messages.insert(0, Message("system", "\n\n".join([*own, TOOL_PROMPT.format(as_json(record["tools"]))])))
+    name = str(record.get("id", index))
+    if native_calls:
+        record = with_native_calls(record)
+    tools = None
+    if "query" in record and "answers" in record:
+        messages = apigen_messages(record)
+    elif "conversations" in record:
+        messages = conversation_messages(record)
+    elif "messages" in record:
+        messages = chat_messages(record)
+        tools = parsed(record.get("tools")) or None
     else:
-        raise DataError(f"unknown format (keys: {', '.join(map(str, record))[:80]}); expected APIGen's query/answers/tools, "
+        keys = ", ".join(map(str, record))[:80]
+        raise DataError(f"unknown format (keys: {keys}); expected APIGen's query/answers/tools, "
                         "ToolBench's or ShareGPT's conversations, or messages.")
-    for m in messages:
-        if not isinstance(m.text, str):
-            raise DataError(f"a {m.role} text is a {type(m.text).__name__}, not a string.")
-    return Sample(name, messages)
+    for message in messages:
+        if not isinstance(message.text, str):
+            kind = type(message.text).__name__
+            raise DataError(f"a {message.role} text is a {kind}, not a string.")
+    sample = Sample(name, messages, tools)
+    check_characters(sample)
+    return sample
+
+
+def check_characters(sample: Sample) -> None:
+    """Raise UnicodeEncodeError for half a surrogate pair, which no tokenizer can encode."""
+    sample.id.encode()
+    for message in sample.messages:
+        message.text.encode()
+        if message.turn:
+            json.dumps(message.turn, ensure_ascii=False).encode()
+    if sample.tools:
+        json.dumps(sample.tools, ensure_ascii=False).encode()
+
+
+def apigen_messages(record: dict) -> list[Message]:
+    """APIGen, also known as xlam-function-calling-60k: one query, answered by a list of calls."""
+    for key in ("tools", "answers"):
+        if record[key] is None:
+            raise DataError(f"{key} is null; fix or remove the record.")
+    tools = as_json(record["tools"])
+    answers = as_json(record["answers"])
+    return [
+        Message("system", TOOL_PROMPT.format(tools)),
+        Message("user", record["query"]),
+        Message("assistant", answers, call_spans(answers)),
+    ]
+
+
+def conversation_messages(record: dict) -> list[Message]:
+    """ToolBench and ShareGPT, with or without ShareGPT's tools."""
+    system = []
+    if record.get("system"):
+        system.append(record["system"])
+    if record.get("tools") not in (None, "", "[]", []):
+        system.append(TOOL_PROMPT.format(as_json(record["tools"])))
+
+    messages = []
+    if system:
+        messages.append(Message("system", "\n\n".join(system)))
+    for turn in record["conversations"]:
+        # ToolBench's texts begin with "\n", which its own prompts leave out.
+        messages.append(Message(known_role(turn["from"]), turn["value"].strip("\n")))
+
+    # ToolBench also comes as one record per step, where only the last turn is new.
+    if re.match(r"Step \d+:", str(record.get("id"))):
+        for message in messages[:-1]:
+            message.scored = False
+    return messages
+
+
+def known_role(speaker: str) -> str:
+    if speaker not in ROLES:
+        raise DataError(f"unknown role {speaker!r}; known are {', '.join(ROLES)}.")
+    return ROLES[speaker]
+
+
+def chat_messages(record: dict) -> list[Message]:
+    """Messages, the chat format of OpenAI and TRL; "parts" may give a turn's true token roles."""
+    messages = []
+    for turn in record["messages"]:
+        turn = {key: value for key, value in turn.items() if value is not None}
+        turn["role"] = known_role(turn["role"])
+        text = content_text(turn.get("content", ""))
+        if "content" in turn:
+            turn["content"] = text
+        if turn.get("tool_calls"):
+            turn["tool_calls"] = parsed_calls(turn["tool_calls"])
+            text += calls_as_text(turn["tool_calls"])
+        spans = annotated_spans(turn.pop("parts", None), text)
+        says_more = turn.keys() - {"role", "content"}
+        messages.append(Message(turn["role"], text, spans, turn=turn if says_more else None))
+
+    if record.get("tools"):
+        tool_prompt = TOOL_PROMPT.format(as_json(record["tools"]))
+        system = Message("system", tool_prompt, turn={})
+        if messages and messages[0].role == "system":
+            own = messages.pop(0)
+            system.text = own.text + "\n\n" + tool_prompt
+            system.turn = own.turn or {"role": "system", "content": own.text}
+        messages.insert(0, system)
+    return messages
+
+
+def content_text(content) -> str:
+    """The text of a turn's content, which OpenAI also writes as a list of parts."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if part["type"] != "text":
+            raise DataError(f"a content list has a part of type {part['type']!r}; "
+                            "only text parts can be used.")
+    return "".join(part["text"] for part in content)
+
+
+def parsed_calls(tool_calls: list) -> list:
+    """Tool calls whose arguments are objects; OpenAI writes them as JSON text."""
+    calls = []
+    for call in tool_calls:
+        function = call.get("function", call)
+        function = function | {"arguments": parsed(function["arguments"])}
+        calls.append(call | {"function": function} if "function" in call else function)
+    return calls
+
+
+def calls_as_text(tool_calls: list) -> str:
+    """Tool calls as the JSON list that TOOL_PROMPT asks for."""
+    calls = []
+    for call in tool_calls:
+        function = call.get("function", call)
+        calls.append({"name": function["name"], "arguments": function["arguments"]})
+    return json.dumps(calls, ensure_ascii=False)
+
+
+def annotated_spans(parts: list | None, text: str) -> list[tuple[str, str]] | None:
+    """The true roles that a turn's "parts" give, checked against its text."""
+    if parts is None:
+        return None
+    spans = [(part, role) for part, role in parts]
+    for _, role in spans:
+        if role not in SPAN_ROLES:
+            raise DataError(f"a part has the unknown role {role!r}; known are "
+                            f"{', '.join(SPAN_ROLES)}.")
+    if "".join(part for part, _ in spans) != text:
+        raise DataError("the parts of a turn do not concatenate to its content.")
+    return spans
+
+
+# --------------------------------------------------------------------------------------------------
+# Calls, as text and as tool calls
+
+def with_native_calls(record: dict) -> dict:
+    """A record of APIGen, or of ShareGPT with calls, in the chat format of OpenAI."""
+    if "query" in record and "answers" in record:
+        turns = [{"from": "user", "value": record["query"]},
+                 {"from": "function_call", "value": record["answers"]}]
+    else:
+        turns = record.get("conversations", [])
+    if not any(turn["from"] == "function_call" for turn in turns):
+        return record
+
+    messages = []
+    if record.get("system"):
+        messages.append({"role": "system", "content": record["system"]})
+    count = 0
+    unanswered = []                                     # ids of calls
+    for turn in turns:
+        message = {"role": known_role(turn["from"]), "content": turn["value"]}
+        if turn["from"] == "function_call":
+            calls = parsed(turn["value"])
+            if isinstance(calls, dict):
+                calls = [calls]
+            ids = [f"call{count + i:05}" for i in range(len(calls))]    # Mistral: 9 characters
+            count += len(ids)
+            unanswered += ids
+            message["content"] = ""
+            message["tool_calls"] = [as_tool_call(*pair) for pair in zip(ids, calls, strict=True)]
+        elif message["role"] == "tool" and unanswered:
+            message["tool_call_id"] = unanswered.pop(0)
+        messages.append(message)
+    tools = [as_tool(tool) for tool in parsed(record.get("tools") or [])]
+    return {"messages": messages, "tools": tools}
+
+
+def as_tool_call(name: str, call: dict) -> dict:
+    function = {"name": call["name"], "arguments": call["arguments"]}
+    return {"id": name, "type": "function", "function": function}
+
+
+def as_tool(tool: dict) -> dict:
+    return tool if "function" in tool else {"type": "function", "function": tool}
+
+
+def parsed(value):
+    """The inverse of as_json: the value of a JSON string, or a value that is no string."""
+    return json.loads(value) if isinstance(value, str) else value
 
 
 def as_json(value) -> str:
@@ -195,34 +325,47 @@ def as_json(value) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def read_object(path: str) -> dict:
-    """The one JSON object that a file holds."""
-    content = next((record for _, record in read_records(path)), None)
-    if not isinstance(content, dict):
-        raise DataError(f"{path} does not hold one JSON object; fetch the benchmark's file again.")
-    return content
-
-
 JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:,]|[^\s"{}\[\]:,]+|\s+')
 
 
-def call_parts(text: str) -> list[tuple[str, str]] | None:
-    """The token roles of a JSON list of calls, read off its structure: [(text, role)], concatenating to `text`.
+def call_spans(text: str) -> list[tuple[str, str]] | None:
+    """The token roles of a JSON list of calls, read off its structure: (text, role) pairs.
 
-    Function names, argument names and values are reasoning; fixed keys ("name", "arguments") and punctuation are format.
+    Function names, argument names and values are reasoning; fixed keys ("name", "arguments") and
+    punctuation that opens something are format. Boundary is what ends a name or value (its closing
+    quote), goes on or closes (, } ]), or tells a number from a string (the white space before it).
+    The texts concatenate to `text`; None where a string never ends.
     """
-    parts, depth, previous = [], 0, None
-    for token in JSON_TOKEN.findall(text):
-        depth += (token in "{[") - (token in "}]")
-        if token[0] == '"':
-            # depth 2 is a call's own object, [{ ; its keys are fixed, its values and all below are the model's choice
+    spans = []
+    depth = 0
+    position = 0
+    previous = None
+    for match in JSON_TOKEN.finditer(text):
+        token = match[0]
+        if match.start() != position:
+            return None                 # at an open string, which is no token
+        position = match.end()
+        if token in "{[":
+            depth += 1
+        elif token in "}]":
+            depth -= 1
+        if token.startswith('"'):
+            # Depth 2 is a call's own object, as in [{"name": ...}]. Its keys are fixed; its
+            # values, and everything deeper, are what the model chooses.
             is_key = depth == 2 and previous != ":"
-            role = "format" if is_key and token in ('"name"', '"arguments"') else "reasoning"
-            parts += [('"', "format"), (token[1:-1], role), ('"', "format")]
+            is_fixed = is_key and token in ('"name"', '"arguments"')
+            spans.append(('"', "format"))
+            spans.append((token[1:-1], "format" if is_fixed else "reasoning"))
+            spans.append(('"', "format" if is_fixed else "boundary"))
+        elif token.isspace():
+            before_number = text[position:position + 1] not in ('"', *"{}[]", "")
+            spans.append((token, "boundary" if before_number else "format"))
+        elif token in "{}[]:,":
+            spans.append((token, "format" if token in "{[:" else "boundary"))
         else:
-            parts.append((token, "format" if token in "{}[]:," or token.isspace() else "reasoning"))
+            spans.append((token, "reasoning"))
         if not token.isspace():
             previous = token
-    if "".join(t for t, _ in parts) != text:            # broken JSON: no claim about its roles
+    if position != len(text):
         return None
-    return [(t, r) for t, r in parts if t]
+    return [(part, role) for part, role in spans if part]

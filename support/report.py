@@ -1,136 +1,239 @@
-"""Tables for the terminal, pages for the browser."""
+"""Tables for the terminal, pages for the browser.
+
+All of it takes plain data: text, numbers, arrays. A page is one file without scripts or references
+to others, fits a phone, and follows the reader's light or dark mode (report.css).
+"""
 import html
-import os
 import re
+from pathlib import Path
 
 import numpy as np
 
+from support.figures import curves_svg, histogram_svg, line_plot, mean_interval
+from support.files import replacing
 
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a;background:#fff}
-h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}svg{max-width:100%;height:auto}table{border-collapse:collapse}
-td,th{padding:.25rem .9rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}
-.sample{border:1px solid #ddd;border-radius:6px;padding:.6rem .8rem;margin:.7rem 0;overflow-wrap:anywhere}
-.input{color:#777;white-space:pre-wrap;max-height:7.5rem;overflow:auto;font-size:.85rem}
-.output{white-space:pre-wrap;font-family:ui-monospace,monospace;font-size:.9rem}
-.reasoning{background:#b7e4c0}.format{background:#fdeaa8}.connecting{background:#c5dcf7}
-.output span,.key{border-radius:3px;padding:1px 0}.key{padding:1px 6px;margin-right:.6rem}.note{color:#555;font-size:.9rem}
-"""
+STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
-
-def write_page(path: str, title: str, body: str) -> None:
-    """Write one self-contained HTML file."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>'
-                f'<style>{STYLE}</style>\n<h1>{title}</h1>\n{body}\n</html>\n')
-    os.replace(path + ".tmp", path)
-
-
-# boilerplate is of two kinds: format (field markers, JSON keys, brackets and quotes), and template-connecting words
-FORMAT = re.compile(r'^[ \t]*[A-Z][\w ]{0,30}:|"[^"\n]{0,40}"\s*:|[{}\[\]"][:,]*|\s+', re.MULTILINE)
-KEY = ('<p><span class="key reasoning">reasoning</span><span class="key format">boilerplate: format</span>'
-       '<span class="key connecting">boilerplate: connecting</span></p>')
-
-
-def output_pieces(dataset: Dataset, i: int) -> list[tuple[str, bool]]:
-    """(text, is format) of each output token of sample i: the pieces tile the text, white space going with what follows."""
-    pieces = []
-    for message in dataset.samples[i].messages:
-        if message.is_output:
-            spans = [m.span() for m in FORMAT.finditer(message.text)]
-            end = 0
-            for _, stop in dataset.renderer.tokenizer.encode(message.text, add_special_tokens=False).offsets:
-                text = message.text[end:stop]
-                first = end + len(text) - len(text.lstrip()) if text.strip() else end
-                pieces.append((text, any(a <= first < b for a, b in spans)))
-                end = max(end, stop)
-            pieces.append(("⏎\n", True))
-    return pieces
-
-
-def sample_html(dataset: Dataset, i: int, difference, threshold: float, details=None) -> str:
-    """One sample, its output tokens coloured by group. details: arrays {name: (output tokens,)} for the hover text."""
-    here = slice(dataset.offsets[i], dataset.offsets[i + 1])
-    sample, spans = dataset.samples[i], []
-    for k, ((text, is_format), d) in enumerate(zip(output_pieces(dataset, i), difference[here])):
-        kind = "reasoning" if classify(d, threshold) else "format" if is_format else "connecting"
-        hover = "".join(f"&#10;{name} {values[here][k]:.3f}" for name, values in (details or {}).items())
-        spans.append(f'<span class="{kind}" title="{html.escape(repr(text))}{hover}&#10;LD {d:+.3f}">{html.escape(text)}</span>')
-    given = "\n".join(f"{m.role}: {m.text}" for m in sample.messages if not m.is_output)
-    return (f'<div class="sample"><div class="note">{html.escape(sample.id)}</div>'
-            f'<div class="input">{html.escape(given)}</div><div class="output">{"".join(spans)}</div></div>')
-
-
-def histogram_svg(difference, threshold: float, low=-8.0, high=8.0, bins=64) -> str:
-    """A histogram of LD; heights are square roots, or the peak at zero would hide the rest."""
-    groups = [(name, colour, np.histogram(np.clip(difference[mask], low, high - 1e-6), bins, (low, high)))
-              for name, colour, mask in (("reasoning", "#4caf6e", classify(difference, threshold)),
-                                         ("boilerplate", "#d9b43a", ~classify(difference, threshold)))]
-    most, width = max(1, max(counts.max() for _, _, (counts, _) in groups)), 720 / bins
-    bars = "".join(f'<rect x="{j * width:.1f}" y="{160 - h:.1f}" width="{width - 1:.1f}" height="{h:.1f}" fill="{colour}" fill-opacity=".8">'
-                   f'<title>{name}, LD {edges[j]:.2f} to {edges[j + 1]:.2f}: {counts[j]:,} tokens</title></rect>'
-                   for name, colour, (counts, edges) in groups for j, h in enumerate(150 * np.sqrt(counts / most)) if counts[j])
-    ticks = "".join(f'<text x="{(v - low) / (high - low) * 720:.0f}" y="176" font-size="11" text-anchor="middle">{v:+d}</text>'
-                    for v in range(int(low) + 2, int(high), 2))
-    return f'<svg viewBox="0 0 720 182" width="720" role="img" aria-label="histogram of LD">{bars}{ticks}</svg>'
-
-
-def picture(dataset: Dataset, difference, base, tuned, threshold: float, summary: dict, count: int = 40) -> str:
-    """The body of labels.html: `count` samples, the shares of the groups and the histogram."""
-    shown = dataset.kept[np.linspace(0, len(dataset.kept) - 1, min(count, len(dataset.kept))).round().astype(int)]
-    kinds = [("reasoning" if classify(d, threshold) else "format" if f else "connecting")
-             for i in shown for (_, f), d in zip(output_pieces(dataset, i), difference[dataset.offsets[i]:])]
-    shares = ", ".join(f"{k} {kinds.count(k) / max(1, len(kinds)):.0%}" for k in ("reasoning", "format", "connecting"))
-    return (f"<pre>{html.escape(describe(summary))}</pre>{KEY}"
-            f'<p class="note">Of the tokens below: {shares}. SHAD tells reasoning (LD &gt; {threshold:g}) from boilerplate; format and '
-            "connecting are told apart by the shape of the text. Hover over a token for its losses.</p>"
-            f"<h2>Loss difference, LD = loss of the tuned &minus; loss of the base (nats)</h2>{histogram_svg(difference, threshold)}"
-            f'<p class="note">All {len(difference):,} output tokens, clipped to &plusmn;8; heights are square roots of counts.</p><h2>Samples</h2>'
-            + "".join(sample_html(dataset, i, difference, threshold, {"base": base, "tuned": tuned}) for i in shown))
-
-
-def comparison_rows(summaries: dict[str, dict]) -> list[list[str]]:
-    """A header and a row a model: losses by true role and success, held-in / held-out."""
-    both = lambda f, form: " / ".join(format(f(kind), form) for kind in ("held_in", "held_out"))
-    return [["held-in / held-out", "reasoning loss", "boilerplate loss", "success"]] + [
-        [name, both(lambda k: s["losses"][k]["reasoning"]["loss"], ".3f"),
-         both(lambda k: s["losses"][k]["boilerplate"]["loss"], ".3f"), both(lambda k: s["success"][k], ".1%")]
-        for name, s in summaries.items()]
+# The kinds of token on a page. Format tokens are field markers, JSON keys, brackets and quotes;
+# connecting tokens are the words of the template between them.
+KEY = (
+    '<p class="key"><span class="reasoning">reasoning</span>'
+    '<span class="format">boilerplate: format</span>'
+    '<span class="connecting">boilerplate: connecting</span></p>'
+)
+FORMAT = re.compile(
+    r'^[ \t]*[A-Z][\w ]{0,30}:|"[^"\n]{0,40}"\s*:|[{}\[\]"][:,]*|\s+', re.MULTILINE)
 
 
 def format_table(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(w) if j == 0 else cell.rjust(w) for j, (cell, w) in enumerate(zip(row, widths))) for row in rows)
+    """Rows as text in columns: the first one flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[0] = row[0].ljust(widths[0])
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
 
 
-def curves_svg(title: str, curves: dict[str, list[float]]) -> str:
-    """One panel of training curves, {name: loss of each step}, smoothed over a few steps, on a logarithmic loss axis."""
-    window = max(1, max(map(len, curves.values())) // 40)
-    smooth = {n: np.convolve(np.pad(v, (window // 2, window - 1 - window // 2), "edge"), np.ones(window) / window, "valid")
-              for n, v in curves.items()}
-    low = max(1e-3, min(v.min() for v in smooth.values())) * 0.8
-    high = max(v.max() for v in smooth.values()) * 1.1
-    y = lambda v: 20 + 190 * (np.log(high) - np.log(np.maximum(v, low))) / (np.log(high) - np.log(low))
-    lowest = min(v[-1] for v in smooth.values())            # its name goes below its line, the others' above theirs
-    marks = [m * 10.0 ** e for e in range(-3, 2) for m in (1, 2, 5) if low < m * 10.0 ** e < high]
-    parts = [f'<text x="44" y="12" font-size="13" font-weight="600">{title}</text>']
-    parts += [f'<line x1="44" x2="420" y1="{y(m):.0f}" y2="{y(m):.0f}" stroke="#e3e3e3"/><text x="40" y="{y(m) + 4:.0f}" font-size="11" '
-              f'text-anchor="end">{m:g}</text>' for m in marks]
-    for (name, v), colour in zip(smooth.items(), ("#888888", "#1a7f4b", "#b5543a")):
-        x = np.linspace(44, 420, len(v))
-        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="'
-                     + " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y(v))) + f'"><title>{name}</title></polyline>'
-                     f'<text x="424" y="{y(v[-1]) + (11 if v[-1] == lowest else -3):.0f}" font-size="12" fill="{colour}">{name}</text>')
-    steps = len(next(iter(smooth.values())))
-    parts.append(f'<text x="420" y="228" font-size="11" text-anchor="end">step {steps}</text><text x="44" y="228" font-size="11">1</text>')
-    return f'<svg viewBox="0 0 470 236" width="470" role="img" aria-label="{title}">{"".join(parts)}</svg>'
+def comparison_rows(summaries: dict[str, dict]) -> list[list[str]]:
+    """A header, and one row per model: its losses by true role and its success, held-in / held-out.
+
+    `summaries` are those of the toy benchmark, {model: {"losses", "success"}}.
+    """
+    rows = [["held-in / held-out", "reasoning loss", "boilerplate loss", "success"]]
+    for name, summary in summaries.items():
+        row = [name]
+        for role in ("reasoning", "boilerplate"):
+            held_in = summary["losses"]["held_in"][role]["loss"]
+            held_out = summary["losses"]["held_out"][role]["loss"]
+            row.append(f"{held_in:.3f} / {held_out:.3f}")
+        success = summary["success"]
+        row.append(f"{success['held_in']:.1%} / {success['held_out']:.1%}")
+        rows.append(row)
+    return rows
 
 
-def report_html(runs: dict[str, list[dict]], summaries: dict[str, dict]) -> str:
-    """The comparison as HTML: training curves of {name: metrics} by group, and the table."""
-    rows = comparison_rows(summaries)
-    cells = lambda row, tag: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
-    panels = "".join(curves_svg(f"{group} tokens, training loss (nats)", {n: [m[f"loss_{group}"] or 0 for m in ms] for n, ms in runs.items()})
-                     for group in ("reasoning", "boilerplate"))
-    return f"<h2>Training curves</h2>{panels}<h2>Held-out evaluation</h2><table>{cells(rows[0], 'th')}" \
-           f"{''.join(cells(r, 'td') for r in rows[1:])}</table>"
+def mean_rows(results: dict[str, dict[str, list]], forms: dict[str, str]) -> list[list[str]]:
+    """A header, and one row per method: mean and 95 % interval of each column.
+
+    `results` are {method: {column: a value per run}}, `forms` {column: its format}, as ".1%".
+    """
+    rows = [["method", *forms]]
+    for name, columns in results.items():
+        row = [name]
+        for column, form in forms.items():
+            mean, half = mean_interval(columns[column])
+            interval = f" \N{PLUS-MINUS SIGN} {half:{form}}" if len(columns[column]) > 1 else ""
+            row.append(f"{mean:{form}}{interval}")
+        rows.append(row)
+    return rows
+
+
+def table_html(rows: list[list[str]]) -> str:
+    """Rows as an HTML table, the first of them its header."""
+    lines = []
+    for i, row in enumerate(rows):
+        tag = "td" if i else "th"
+        cells = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+        lines.append(f"<tr>{cells}</tr>\n")
+    return f'<div class="table"><table>\n{"".join(lines)}</table></div>\n'
+
+
+def summary_html(text: str) -> str:
+    """The lines of a summary; on a narrow screen they wrap with a hanging indent."""
+    lines = "".join(f"<div>{html.escape(line)}</div>" for line in text.splitlines())
+    return f'<div class="summary">{lines}</div>\n'
+
+
+def figure_html(content: str, caption: str, command: str = "") -> str:
+    """A figure or table (HTML) with its caption (text) and the command it comes from."""
+    source = f" <code>{html.escape(command)}</code>" if command else ""
+    caption = f'<figcaption class="note">{html.escape(caption)}{source}</figcaption>'
+    return f"<figure>\n{content}{caption}\n</figure>\n"
+
+
+def choice_html(name: str, bodies: dict[str, str]) -> str:
+    """Radio buttons to choose one of {title (text): body (HTML)}; the name is unique on a page."""
+    parts = []
+    for i, (title, body) in enumerate(bodies.items()):
+        checked = "" if i else " checked"
+        parts.append(
+            f'<input type="radio" name="{name}" id="{name}{i}"{checked}>'
+            f'<label for="{name}{i}">{html.escape(title)}</label>\n<section>\n{body}</section>\n'
+        )
+    return f'<div class="choice">\n{"".join(parts)}</div>\n'
+
+
+def write_page(path: str, title: str, body: str) -> None:
+    """Write one self-contained HTML file; `title` is text, `body` is HTML."""
+    title = html.escape(title)
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n<main>\n<h1>{title}</h1>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+    with replacing(path) as f:
+        f.write(page)
+
+
+# -------------------------------------------------------------------------------------------------
+# Samples whose output tokens are coloured by kind
+
+def split_pieces(text: str, offsets: list[tuple[int, int]]) -> list[tuple[str, bool]]:
+    """(text, is format) of each token of one output message.
+
+    `offsets` are the tokens' (start, end) in `text`, as `tokenizers` gives them. The pieces tile
+    the text: white space that no token covers goes with the token that follows.
+    """
+    is_format = np.zeros(len(text) + 1, bool)               # of each character, and of the end
+    for match in FORMAT.finditer(text):
+        is_format[match.start():match.end()] = True
+
+    pieces = []
+    start = 0
+    for _, end in offsets:
+        piece = text[start:end]
+        spaces = len(piece) - len(piece.lstrip())
+        first = start if spaces == len(piece) else start + spaces
+        pieces.append((piece, bool(is_format[first])))
+        start = max(start, end)
+    return pieces
+
+
+def sample_html(name: str, given: str, tokens: list[tuple[str, str, str]]) -> str:
+    """One sample: its name, its input, and its output tokens (text, kind, hover).
+
+    A kind is "reasoning", "format" or "connecting". `hover` is shown while the pointer rests on
+    the token, or once it is tapped. All of it is text, not HTML.
+    """
+    spans = []
+    for text, kind, hover in tokens:
+        title = html.escape(hover).replace("\n", "&#10;")
+        spans.append(
+            f'<span class="{kind}" title="{title}" tabindex="-1">{html.escape(text)}</span>'
+        )
+    return (
+        f'<div class="sample"><div class="name">{html.escape(name)}</div>'
+        f'<div class="input">{html.escape(given)}</div>'
+        f'<div class="output">{"".join(spans)}</div></div>\n'
+    )
+
+
+def labels_body(
+    summary_text: str, shares_text: str, threshold: float, difference: np.ndarray,
+    is_reasoning: np.ndarray, samples_html: str, command: str = "",
+) -> str:
+    """The body of labels.html.
+
+    `summary_text` is the run's summary and `shares_text` the share of each kind among the tokens
+    shown; `difference` (n,) and `is_reasoning` (n,) are those of all output tokens, `samples_html`
+    is the samples from `sample_html`, joined, and `command` is what made them.
+    """
+    caption = (
+        "LD = loss of the tuned model \N{MINUS SIGN} loss of the base model, in nats, of all "
+        f"{len(difference):,} output tokens, clipped to \N{PLUS-MINUS SIGN}8. Heights are square "
+        "roots of counts, or the peak would hide the rest."
+    )
+    return (
+        f"{summary_html(summary_text)}"
+        "<h2>Loss difference</h2>\n"
+        f"{figure_html(histogram_svg(difference, is_reasoning), caption, command)}"
+        f"<h2>Samples</h2>\n{KEY}\n"
+        f'<p class="note">Of the tokens below: {html.escape(shares_text)}. SHAD tells reasoning '
+        f"(LD &gt; {threshold:g}) from boilerplate; format and connecting are told apart by the "
+        "shape of the text. Point at a token, or tap it, for its losses.</p>\n"
+        f"{samples_html}"
+    )
+
+
+def held_out_html(histories: dict[str, dict[int, dict]], command: str = "") -> str:
+    """Held-out success and losses over training: {name: {step: summary of the toy}}."""
+    series = {"Success": {}, "Reasoning tokens": {}, "Boilerplate tokens": {}}
+    for name, history in histories.items():
+        held_out = [summary["losses"]["held_out"] for summary in history.values()]
+        success = [summary["success"]["held_out"] for summary in history.values()]
+        series["Success"][name] = (list(history), success)
+        for group in ("reasoning", "boilerplate"):
+            losses = [losses[group]["loss"] for losses in held_out]
+            series[f"{group.capitalize()} tokens"][name] = (list(history), losses)
+    panels = ""
+    for title, lines in series.items():
+        label = "share of right calls" if title == "Success" else "loss (nats)"
+        panels += line_plot(title, "step", label, lines)
+    caption = (
+        "Held-out tasks have other tools, arguments, values and wordings: the words of a right "
+        "call can only be copied from the request."
+    )
+    panels = f'<div class="panels">\n{panels}</div>\n'
+    return f"<h2>Held-out tasks over training</h2>\n{figure_html(panels, caption, command)}"
+
+
+def report_html(
+    runs: dict[str, list[dict]], summaries: dict[str, dict], histories=None, command: str = "",
+) -> str:
+    """The comparison: training curves of {name: metrics} by group of tokens, and the table.
+
+    histories: {name: {step: summary}}, where models were evaluated over training. `command` is what
+    made them.
+    """
+    panels = []
+    for group in ("reasoning", "boilerplate"):
+        curves = {}
+        for name, metrics in runs.items():
+            curves[name] = [step[f"loss_{group}"] for step in metrics]
+        panels.append(curves_svg(f"{group.capitalize()} tokens", curves))
+    panels = f'<div class="panels">\n{"".join(panels)}</div>\n'
+    curves_caption = "Each curve is a moving average over a fortieth of the steps."
+    table_caption = (
+        "Mean loss in nats by the true role of the tokens, and the share of calls that are exactly "
+        "right. Held-in tasks are made of the words and phrases of the training data; held-out "
+        "tasks have other tools, arguments, values and wordings."
+    )
+    return (
+        f"{held_out_html(histories, command) if histories else ''}"
+        f"<h2>Training curves</h2>\n{figure_html(panels, curves_caption, command)}"
+        "<h2>Losses and success: held-in / held-out</h2>\n"
+        f"{figure_html(table_html(comparison_rows(summaries)), table_caption, command)}"
+    )

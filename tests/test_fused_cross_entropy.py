@@ -2,12 +2,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import relative
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model
 from model import fused_cross_entropy
+from tiny import relative
 
 N = 37
 V = 101

@@ -1,10 +1,10 @@
 """Batched decoding: where each prompt ends, what a stream yields, sampling."""
 import pytest
 import torch
-from test_model import V, prompts
-from tiny import make_model
 
 from support.generate import generate, generate_stream
+from test_model import V, prompts
+from tiny import make_model
 
 
 def test_stop_ids_and_max_new_tokens():
@@ -29,6 +29,24 @@ def test_a_stream_yields_every_prompt_once_as_it_finishes(max_new_tokens):
     outputs = generate(model, prompts(), max_new_tokens, {5})
     stream = list(generate_stream(model, prompts(), max_new_tokens, {5}, cache_tokens=60))
     assert sorted(stream) == list(enumerate(outputs))
+
+
+@pytest.mark.parametrize("cache_tokens", [1, 90, 200, 10_000])
+def test_the_size_of_the_cache_changes_nothing(cache_tokens):
+    model = make_model(60)
+    sequences = []
+    for i, length in enumerate((9, 2, 40, 5, 17, 3, 31, 2, 8)):
+        sequences.append([1 + (7 * i * j) % 50 for j in range(1, length)])
+    free = [generate(model, [sequence], 20, set())[0] for sequence in sequences]
+    # rows end at different steps, some never
+    stops = {free[0][5], free[2][3], free[4][9], free[7][1]}
+    one_by_one = [generate(model, [sequence], 20, stops)[0] for sequence in sequences]
+    assert len({len(output) for output in one_by_one}) > 2
+    together = generate(model, sequences, 20, stops, cache_tokens=cache_tokens)
+    assert together == one_by_one
+    finished = list(generate_stream(model, sequences, 20, stops, cache_tokens=cache_tokens))
+    assert len(finished) == len(sequences)
+    assert dict(finished) == dict(enumerate(one_by_one))
 
 
 def test_an_empty_prompt_is_refused():

@@ -1,6 +1,7 @@
 """The estimate of a training step's memory against the tensors that autograd saves."""
 import pytest
 import torch
+
 from tests.bench.memory import memory_per_gpu
 from tiny import make_model
 

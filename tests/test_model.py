@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import make_model
 
 from model import CheckpointError, Transformer, _RMSNorm
 from support.generate import generate
+from tiny import make_model
 
 V = 96
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny import CAN_SHARD, make_model, relative
 
 from model import Transformer, gather_full, local_shard
 from support.distributed import (
@@ -18,6 +17,7 @@ from support.distributed import (
     shard_model,
     sum_over_ranks,
 )
+from tiny import CAN_SHARD, make_model, relative
 
 V = 97                              # 97 rows: uneven shards
 WORLDS = (2, 4)

@@ -1,0 +1,185 @@
+"""The paper's comparison on the toy: all methods, and settings of RFT, over several seeds.
+
+    python -m tests.bench.methods --out runs            # 5 seeds, two processes: half an hour
+    python -m tests.bench.methods --out runs --seeds 8  # the first five are found in runs again
+
+Each seed has its own samples, SHAD labels, reference model (Rho-1) and DPO model (RewardFT); all
+methods start from the same base and see the same batches. Writes runs/SEED.json, runs/methods.json
+and runs/methods.html, and prints tables of mean +- 95 % interval and of paired differences to SFT.
+"""
+import multiprocessing
+import os
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+import shad
+import train
+from baselines import dpo
+from baselines.regex_labels import regex_labels
+from data import Dataset, Renderer
+from model import CheckpointError, Transformer
+from rft import METHODS
+from support import report
+from support.cli import option, parse_options, run_script
+from support.figures import band, line_plot, mean_interval
+from support.files import write_json
+from support.readers import read_object, read_record, toy_samples
+from tests.bench import measure
+from toy import reproduce
+from toy.task import toy_pairs
+
+
+@dataclass
+class Options:
+    out: str = option("", "directory for the runs", required=True)
+    seeds: int = option(5, "number of seeds, from 0", low=2)
+    processes: int = option(2, "seeds run at a time, with one thread each", low=1)
+
+
+# settings of RFT besides the default: the paper's sweep of 1/tau, and what its formula leaves open
+VARIANTS = {
+    "rft, 1/tau 0.2": {"tau": 5.0},
+    "rft, 1/tau 0.5": {"tau": 2.0},
+    "rft, scope batch": {"scope": "batch"},
+    "rft, sums": {"reduce": "sum"},
+    "rft, not detached": {"detach": "no"},
+}
+FIGURES = {
+    "success, held-in": lambda s: s["success"]["held_in"],
+    "success, held-out": lambda s: s["success"]["held_out"],
+    "reasoning loss, held-in": lambda s: s["losses"]["held_in"]["reasoning"]["loss"],
+    "reasoning loss, held-out": lambda s: s["losses"]["held_out"]["reasoning"]["loss"],
+    "boilerplate loss, held-out": lambda s: s["losses"]["held_out"]["boilerplate"]["loss"],
+}
+
+
+def base():
+    return Transformer.from_pretrained(reproduce.TOY)
+
+
+def make_labels(dataset: Dataset, seed: int, out: str) -> dict:
+    """{kind: labels of all output tokens}, as METHODS names them."""
+    labels = {None: None, "regex": regex_labels(dataset)}
+
+    # SHAD
+    options = shad.Options(model=reproduce.TOY, data=["toy"], out=os.path.join(out, "labels"),
+                           seed=seed, **reproduce.SHAD)
+    difference, _ = shad.run(options, dataset, base())
+    labels["shad"] = shad.Labels(difference)
+
+    # Rho-1: a reference model, fine-tuned on 1,000 other samples
+    def losses(model, title):
+        return shad.token_losses(model, dataset, 4096, title)
+
+    other = Dataset(toy_samples(1000, seed + 1000), dataset.renderer)
+    model = base()
+    options = train.Options(model=reproduce.TOY, data=["toy"], out=os.path.join(out, "reference"),
+                            method="sft", seed=seed, **reproduce.TRAINING)
+    train.train(model, other, None, options)
+    labels["reference"] = losses(model, "losses of the reference model")
+
+    # RewardFT: a model tuned on 1,000 pairs, and what it has gained on each token
+    pairs = []
+    for pair in toy_pairs(1000, seed + 2000):
+        for answer in ("chosen", "rejected"):
+            turn = {"role": "assistant", "content": pair[answer]}
+            pairs.append(read_record({"messages": [*pair["messages"], turn]}, 0))
+    model = base()
+    base_losses = losses(model, "losses of the base model")
+    options = dpo.Options(model=reproduce.TOY, data="toy", out=out, lr=1e-4, seed=seed)
+    dpo.train_dpo(model, Dataset(pairs, dataset.renderer), options)
+    labels["reward"] = base_losses - losses(model, "losses of the model tuned by DPO")
+    return labels
+
+
+def run_seed(seed: int, out: str) -> None:
+    """Train and evaluate every method on one seed; writes out/SEED.json."""
+    torch.set_num_threads(1)
+    path = os.path.join(out, f"{seed}.json")
+    if os.path.exists(path):
+        return
+    dataset = Dataset(toy_samples(reproduce.SAMPLES, seed), Renderer(reproduce.TOY))
+    labels = make_labels(dataset, seed, os.path.join(out, str(seed)))
+    common = train.Options(model=reproduce.TOY, data=["toy"], seed=seed, **reproduce.TRAINING)
+    results = {"base": {"summary": reproduce.evaluate(base(), dataset.renderer, seed)}}
+    settings = {name: {"method": name} for name in METHODS}
+    settings |= {name: {"method": "rft"} | variant for name, variant in VARIANTS.items()}
+    for name, setting in settings.items():
+        folder = os.path.join(out, str(seed), name.replace(" ", "_").replace("/", "_"))
+        options = replace(common, out=folder, **setting)
+        _, kind = METHODS[options.method]
+        model = base()
+        metrics = train.train(model, dataset, labels[kind], options)
+        summary = reproduce.evaluate(model, dataset.renderer, seed)
+        results[name] = {"summary": summary, "metrics": metrics}
+    write_json(path, results)
+
+
+def interval(values) -> str:
+    mean, half = mean_interval(values)
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def tables(runs: list[dict]) -> tuple[list, list]:
+    """(mean +- 95 % interval of every figure, paired differences to SFT), a row per method."""
+    means = [["", "seeds", *FIGURES]]
+    differences = [["minus SFT", "seeds", *FIGURES]]
+    for name in runs[0]:
+        seeds = [run for run in runs if name in run]        # a setting may be added later
+        row = [name, str(len(seeds))]
+        paired = list(row)
+        for figure in FIGURES.values():
+            values = np.array([figure(run[name]["summary"]) for run in seeds])
+            sft = np.array([figure(run["sft"]["summary"]) for run in seeds])
+            row.append(interval(values))
+            paired.append(interval(values - sft))
+        means.append(row)
+        if name not in ("base", "sft"):
+            differences.append(paired)
+    return means, differences
+
+
+def curves(runs: list[dict]) -> str:
+    """Training losses by group for the methods that have groups, with bands over seeds."""
+    panels = ""
+    for group in ("reasoning", "boilerplate"):
+        series = {}
+        for name in METHODS:
+            losses = np.array([[step[f"loss_{group}"] for step in run[name]["metrics"]]
+                               for run in runs], float)
+            if np.isfinite(losses).all():
+                width = max(1, losses.shape[1] // 25)           # steps per point
+                points = losses.shape[1] // width
+                means = losses[:, :points * width].reshape(len(runs), points, width).mean(-1)
+                series[name] = band(width * np.arange(1, points + 1), means)
+        panels += line_plot(f"{group.capitalize()} tokens", "step", "training loss (nats)", series,
+                            log_y=True)
+    return f'<div class="panels">{panels}</div>'
+
+
+def main():
+    options = parse_options(Options, __doc__)
+    os.makedirs(options.out, exist_ok=True)
+    seeds = range(options.seeds)
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        pool.starmap(run_seed, [(seed, options.out) for seed in seeds], chunksize=1)
+    runs = [read_object(os.path.join(options.out, f"{seed}.json")) for seed in seeds]
+    means, differences = tables(runs)
+    write_json(os.path.join(options.out, "methods.json"),
+               {"means": means, "differences": differences})
+    command = f"python -m tests.bench.methods --out runs --seeds {options.seeds}"
+    body = report.figure_html(report.table_html(means), "Mean ± 95 % interval over seeds.", command)
+    body += report.figure_html(report.table_html(differences),
+                               "Paired differences to SFT, ± 95 % interval.", command)
+    body += report.figure_html(curves(runs), "Bands are 95 % intervals over seeds.", command)
+    report.write_page(os.path.join(options.out, "methods.html"), "All methods on the toy", body)
+    measure.print_heading(f"toy: all methods, {options.seeds} seeds")
+    print(measure.table(means[0], means[1:]))
+    print()
+    print(measure.table(differences[0], differences[1:]))
+
+
+if __name__ == "__main__":
+    run_script(main, CheckpointError)

@@ -1,0 +1,78 @@
+"""What bfloat16 changes, and that float32 stays as it was."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data import Dataset, Renderer, collate
+from model import Transformer, causal_attention
+from support import distributed
+from support.readers import toy_samples
+from toy.reproduce import TOY
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("T", [1, 5, 128, 300])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_attention_by_plain_products_is_attention(T, heads):
+    n_head, n_kv = heads
+    q = torch.randn(2, n_head, T, 16, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(2, n_kv, T, 16, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(2, n_kv, T, 16, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(2, n_head, T, 16, dtype=torch.float64)
+    results = []
+    for attend in (causal_attention, F.scaled_dot_product_attention):
+        options = {"is_causal": True, "enable_gqa": True} if attend is not causal_attention else {}
+        y = attend(q, k, v, **options)
+        results.append([y, *torch.autograd.grad(y, (q, k, v), upstream)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def losses_and_gradient(model, dataset):
+    """The losses of the first 16 samples' output tokens (n,), and the gradient of their mean."""
+    tokens, targets, _ = collate(dataset, range(16))
+    with distributed.mixed_precision(CPU):
+        losses = model(tokens, targets)[targets != -100]
+    losses.mean().backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    return losses.detach(), gradient
+
+
+def test_bf16_moves_losses_and_gradients_of_the_toy_a_little():
+    model = Transformer.from_pretrained(TOY)
+    dataset = Dataset(toy_samples(16, seed=5), Renderer(TOY))
+    expected, gradient = losses_and_gradient(model, dataset)
+    distributed.use_dtype("bfloat16", CPU)
+    losses, rounded = losses_and_gradient(model, dataset)
+    assert losses.dtype == rounded.dtype == torch.float32
+    assert 0 < (losses - expected).abs().mean() < 0.03                  # of 4.1 nats
+    assert abs((losses - expected).mean()) < 0.01
+    assert 0 < (rounded - gradient).norm() / gradient.norm() < 0.05
+
+
+def test_float32_is_float32_on_any_cpu():
+    model = Transformer.from_pretrained(TOY)
+    dataset = Dataset(toy_samples(16, seed=5), Renderer(TOY))
+    expected, gradient = losses_and_gradient(model, dataset)            # nothing chosen
+    distributed.use_dtype("float32", CPU)
+    losses, same = losses_and_gradient(model, dataset)
+    assert torch.equal(losses, expected)
+    assert torch.equal(same, gradient)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_asks_the_cpu(monkeypatch, native):
+    monkeypatch.setattr(distributed, "multiplies_bf16", lambda device: (native, "it says so"))
+    text = distributed.use_dtype("auto", CPU)
+    assert text == f"matrix products in {'bfloat16' if native else 'float32'} (it says so)"
+    with distributed.mixed_precision(CPU):
+        assert torch.is_autocast_enabled("cpu") == native
+
+
+def test_a_cpu_without_flags_is_timed(monkeypatch):
+    monkeypatch.setattr(distributed.os.path, "exists", lambda path: False)
+    native, reason = distributed.multiplies_bf16(CPU)
+    assert isinstance(native, bool)
+    assert "x float32's speed" in reason
