@@ -45,6 +45,12 @@ def init_distributed(dtype: str | None = None) -> torch.device:
     return device
 
 
+def init_process_group(device: torch.device, **where) -> None:
+    """Start torch.distributed: gloo for tensors on the CPU, NCCL for those on GPUs."""
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **where)
+    atexit.register(dist.destroy_process_group)
+
+
 def rank_and_world() -> tuple[int, int]:
     """This process's rank and the number of ranks; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -80,40 +86,62 @@ def sum_over_ranks(*tensors: torch.Tensor) -> None:
             dist.all_reduce(tensor)
 
 
-def should_shard(choice: str, device: torch.device) -> bool:
-    """Is a model to be sharded? choice: "yes", "no", or "auto": over several GPUs only."""
-    wanted = choice == "yes" or (choice == "auto" and device.type == "cuda")
-    return wanted and dist.is_initialized() and dist.get_world_size() > 1
+def should_shard(choice: str, device: torch.device, parameters: int = 0) -> bool:
+    """Is a model to be sharded? choice: "yes", "no", or "auto".
+
+    "auto" shards over several GPUs, and on a single one where a model of so many parameters would
+    not fit whole: 18 bytes each, for float32 weights, gradients and AdamW's two moments, and the
+    bf16 copies that autocast holds.
+    """
+    if choice != "auto" or device.type != "cuda":
+        return choice == "yes"
+    _, world = rank_and_world()
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return world > 1 or 18 * parameters > 0.9 * memory
 
 
-def shard_model(model: nn.Module, device) -> None:
-    """Split every parameter of a Transformer by rows over all ranks, in place.
+def shard_model(model: nn.Module, device, dtype=torch.float32, choice="yes", offload=False) -> None:
+    """Split every parameter of a Transformer by rows over all ranks, in place, if `choice` says so.
 
     A block's parameters are whole only while it computes; those of the root (embedding, last norm,
     head) from the start of forward to the end of backward. Both gather parameters, so all ranks
     must run the same number of them: one with nothing left to do runs a batch whose targets are
-    all -100. On CUDA parameters are gathered in bf16, so that autocast has nothing to cast;
-    gradients are reduced in float32. Does nothing on one rank.
-    """
-    # imported here: they take a second
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    all -100. Parameters are gathered in `dtype`, so that autocast has nothing to cast; gradients
+    are reduced in float32. One rank has nothing to split, but its bf16 copies are as short-lived.
 
+    offload: keep the parameters, gradients and optimizer state on the CPU, which also updates them.
+    """
     device = torch.device(device)
-    _, world = rank_and_world()
-    if world == 1:
+    if not should_shard(choice, device, sum(p.numel() for p in model.parameters())):
         return
     if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
         raise DataError(f"torch {torch.__version__} cannot shard a model on CPUs; "
                         "use a newer one, or --shard no.")
-    mesh = init_device_mesh(device.type, (world,))
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if device.type == "cuda" else None,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False)      # cos and sin stay float32
+    if not dist.is_initialized():
+        init_process_group(device, store=dist.HashStore(), rank=0, world_size=1)
+
+    # imported here: they take a second
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
+
+    options = {
+        "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=dtype if dtype != torch.float32 else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False),     # cos and sin stay float32
+        "offload_policy": OffloadPolicy(),
+    }
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, **options)
+    fully_shard(model, **options)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -145,11 +173,13 @@ def all_reduce_gradients(model: nn.Module) -> None:
             p.grad = torch.zeros_like(p)
     grads = [p.grad for p in model.parameters()]
     _, world = rank_and_world()
+    if world == 1:
+        return
     if is_sharded(grads[0]):
         for grad in grads:
             grad.mul_(world)            # backward has reduced them already, to FSDP's mean
         return
-    while grads and world > 1:          # one message for many small gradients
+    while grads:                        # one message for many small gradients
         bucket = [grads.pop(0)]
         size = bucket[0].numel()
         while grads and size + grads[0].numel() <= BUCKET_ELEMENTS:
@@ -245,7 +275,8 @@ def multiplies_bf16(device: torch.device) -> tuple[bool, str]:
 def mixed_precision(device: torch.device):
     """Matrix products in the precision of use_dtype; without it bfloat16 on CUDA, else float32.
 
-    Losses stay float32, and so do the weights that the optimizer sees, sharded or not.
+    "auto" is bfloat16 where the device multiplies it natively: elsewhere it is the slower of the
+    two. All ranks get the same.
     """
     bf16 = device.type == "cuda" if precision is None else precision == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

@@ -12,6 +12,7 @@ from support.distributed import (
     all_reduce_gradients,
     clip_gradients,
     is_sharded,
+    mixed_precision,
     rank_and_world,
     shard_model,
     sum_over_ranks,
@@ -125,3 +126,36 @@ def test_a_sharded_model_saves_what_it_is(folder, world, head):
         saved = Transformer.from_pretrained(path + suffix, dtype=dtype)
         for name, p in saved.named_parameters():
             assert torch.equal(p, after[name].to(dtype)), name
+
+
+@pytest.fixture(scope="module")
+def one_rank(folder):
+    """A process group of one rank for this process, as shard_model makes it, and its end."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
+@pytest.mark.parametrize("head", TIED)
+def test_one_rank_computes_what_the_whole_model_does(folder, one_rank, head, offload):
+    expected = step(Transformer.from_pretrained(f"{folder}/{head}"), False)
+    shard = partial(shard_model, device="cpu", offload=offload)
+    model = Transformer.from_pretrained(f"{folder}/{head}", shard=shard)
+    assert all(is_sharded(p) for p in model.parameters())
+    results = step(model, False)
+    assert results.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert relative(results[name], tensor) < 1e-6, name
+
+
+def test_one_rank_in_bf16_is_close_to_autocast(folder, one_rank):
+    tokens, targets = micro_batches()[0]
+    losses = {}
+    for sharded in (False, True):
+        shard = partial(shard_model, device="cpu", dtype=torch.bfloat16) if sharded else None
+        model = Transformer.from_pretrained(f"{folder}/tied", shard=shard)
+        with mixed_precision(torch.device("cpu"), torch.bfloat16):
+            losses[sharded] = model(tokens, targets)
+    assert losses[True].dtype == torch.float32
+    assert 0 < relative(losses[True], losses[False]) < 0.01
