@@ -51,7 +51,6 @@ from support.distributed import (
     on_rank_0,
     rank_and_world,
     shard_model,
-    should_shard,
     sum_over_ranks,
 )
 from support.export import export_labels
@@ -573,7 +572,7 @@ def main():
     if rank == 0:
         print(dataset.describe())
     if not labelled:
-        shard = partial(shard_model, device=device) if should_shard(options.shard, device) else None
+        shard = partial(shard_model, device=device, choice=options.shard)
         model = Transformer.from_pretrained(options.model, device=device, shard=shard)
         limit_threads(model)
         run(options, dataset, model)

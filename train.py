@@ -61,7 +61,6 @@ from support.distributed import (
     on_rank_0,
     rank_and_world,
     shard_model,
-    should_shard,
     sum_over_ranks,
 )
 from support.files import claim, release, writing
@@ -119,6 +118,8 @@ class Options:
                                  "ranks; without one start from the beginning")
     shard: str = option("auto", "split weights, gradients and optimizer over the ranks (FSDP2); "
                                 "auto: with several GPUs", choices=["auto", "yes", "no"])
+    offload: bool = option(False, "keep a sharded model's weights, gradients and optimizer on the "
+                                  "CPU, which also updates them: slow, but little GPU memory")
     recompute: bool = option(False, "recompute each block in backward: a third more work, "
                                     "a fraction of the activation memory")
     compile: bool = option(False, "torch.compile each block")
@@ -126,7 +127,7 @@ class Options:
 
 # options that may differ on --resume; data and labels are compared by their content instead
 MAY_CHANGE = {"model", "data", "out", "labels", "micro_tokens", "checkpoint_every", "keep",
-              "resume", "shard", "recompute", "compile", "threshold"}
+              "resume", "shard", "offload", "recompute", "compile", "threshold"}
 
 
 FILES = ("metrics.jsonl", "model")          # what train() makes in OUT, beside checkpoints/
@@ -428,7 +429,8 @@ def main():
                            options.native_calls)
     if rank == 0:
         print(dataset.describe())
-    shard = partial(shard_model, device=device) if should_shard(options.shard, device) else None
+    shard = partial(
+        shard_model, device=device, choice=options.shard, offload=options.offload)
 
     # what the method must know of each token; SHAD keeps what it has done as it goes
     labels = method_labels(options, dataset, device, shard)

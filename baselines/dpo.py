@@ -139,8 +139,7 @@ def main():
     distributed.on_rank_0(claim, options.out, ["model"], "baselines.dpo", False)
     dataset = Dataset(
         read_pairs(options.data), Renderer(path, options.template), options.max_length)
-    sharded = distributed.should_shard(options.shard, device)
-    shard = partial(distributed.shard_model, device=device) if sharded else None
+    shard = partial(distributed.shard_model, device=device, choice=options.shard)
     model = Transformer.from_pretrained(path, device=device, shard=shard)
     means = train_dpo(model, dataset, options)
     distributed.on_rank_0(claim, options.out, ["model"], "baselines.dpo")

@@ -27,7 +27,6 @@ from support.distributed import (
     on_rank_0,
     rank_and_world,
     shard_model,
-    should_shard,
 )
 from support.files import claim
 
@@ -71,7 +70,7 @@ def main():
     if rank == 0:
         print(dataset.describe())
 
-    shard = partial(shard_model, device=device) if should_shard(options.shard, device) else None
+    shard = partial(shard_model, device=device, choice=options.shard)
     losses = []
     for path in paths:
         model = Transformer.from_pretrained(path, device=device, shard=shard)

@@ -32,12 +32,11 @@ def init_distributed(dtype: str | None = None) -> torch.device:
         torch.cuda.set_device(device)
     if world != "1":
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            init_process_group(device)
         except (ValueError, RuntimeError) as e:
             settings = ", ".join(f"{name}={os.environ[name]}" for name in needed)
             raise DataError(f"the processes found no way to each other ({e}); "
                             f"the environment has {settings}.") from None
-        atexit.register(dist.destroy_process_group)
     if dtype:
         which = use_dtype(dtype, device)
         if rank_and_world()[0] == 0:
@@ -48,7 +47,12 @@ def init_distributed(dtype: str | None = None) -> torch.device:
 def init_process_group(device: torch.device, **where) -> None:
     """Start torch.distributed: gloo for tensors on the CPU, NCCL for those on GPUs."""
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **where)
-    atexit.register(dist.destroy_process_group)
+    atexit.register(destroy_process_group)
+
+
+def destroy_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -100,14 +104,15 @@ def should_shard(choice: str, device: torch.device, parameters: int = 0) -> bool
     return world > 1 or 18 * parameters > 0.9 * memory
 
 
-def shard_model(model: nn.Module, device, dtype=torch.float32, choice="yes", offload=False) -> None:
+def shard_model(model: nn.Module, device, choice="yes", offload=False) -> None:
     """Split every parameter of a Transformer by rows over all ranks, in place, if `choice` says so.
 
     A block's parameters are whole only while it computes; those of the root (embedding, last norm,
     head) from the start of forward to the end of backward. Both gather parameters, so all ranks
     must run the same number of them: one with nothing left to do runs a batch whose targets are
-    all -100. Parameters are gathered in `dtype`, so that autocast has nothing to cast; gradients
-    are reduced in float32. One rank has nothing to split, but its bf16 copies are as short-lived.
+    all -100. Parameters are gathered in the precision of use_dtype, so that autocast has nothing to
+    cast; gradients are reduced in float32. One rank has nothing to split, but its bf16 copies are
+    as short-lived.
 
     offload: keep the parameters, gradients and optimizer state on the CPU, which also updates them.
     """
@@ -132,7 +137,7 @@ def shard_model(model: nn.Module, device, dtype=torch.float32, choice="yes", off
     options = {
         "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
         "mp_policy": MixedPrecisionPolicy(
-            param_dtype=dtype if dtype != torch.float32 else None,
+            param_dtype=torch.bfloat16 if uses_bf16(device) else None,
             reduce_dtype=torch.float32,
             cast_forward_inputs=False),     # cos and sin stay float32
         "offload_policy": OffloadPolicy(),
@@ -272,11 +277,14 @@ def multiplies_bf16(device: torch.device) -> tuple[bool, str]:
     return ratio > 1.2, f"a product in bfloat16 ran at {ratio:.1f} x float32's speed"
 
 
-def mixed_precision(device: torch.device):
-    """Matrix products in the precision of use_dtype; without it bfloat16 on CUDA, else float32.
+def uses_bf16(device: torch.device) -> bool:
+    """Are matrix products in bfloat16? As use_dtype has set it; without it on CUDA only."""
+    return device.type == "cuda" if precision is None else precision == torch.bfloat16
 
-    "auto" is bfloat16 where the device multiplies it natively: elsewhere it is the slower of the
-    two. All ranks get the same.
+
+def mixed_precision(device: torch.device):
+    """Matrix products in the precision of use_dtype.
+
+    Losses stay float32, and so do the weights that the optimizer sees, sharded or not.
     """
-    bf16 = device.type == "cuda" if precision is None else precision == torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bf16(device))

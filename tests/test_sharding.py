@@ -16,6 +16,7 @@ from support.distributed import (
     rank_and_world,
     shard_model,
     sum_over_ranks,
+    use_dtype,
 )
 from tiny import CAN_SHARD, make_model, relative
 
@@ -152,10 +153,11 @@ def test_one_rank_computes_what_the_whole_model_does(folder, one_rank, head, off
 def test_one_rank_in_bf16_is_close_to_autocast(folder, one_rank):
     tokens, targets = micro_batches()[0]
     losses = {}
+    use_dtype("bfloat16", torch.device("cpu"))
     for sharded in (False, True):
-        shard = partial(shard_model, device="cpu", dtype=torch.bfloat16) if sharded else None
+        shard = partial(shard_model, device="cpu") if sharded else None
         model = Transformer.from_pretrained(f"{folder}/tied", shard=shard)
-        with mixed_precision(torch.device("cpu"), torch.bfloat16):
+        with mixed_precision(torch.device("cpu")):
             losses[sharded] = model(tokens, targets)
     assert losses[True].dtype == torch.float32
     assert 0 < relative(losses[True], losses[False]) < 0.01
