@@ -149,7 +149,7 @@ def make_responder(model: Transformer, renderer: Renderer, max_new_tokens: int, 
         asked = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
         for i in sorted(set(range(len(prompts))) - set(asked)):
             yield i, None
-        with mixed_precision(model.head.device):
+        with mixed_precision(model.device):
             outputs = generate_stream(model, [prompts[i] for i in asked], max_new_tokens,
                                       renderer.stop_ids, cache_tokens=cache_tokens)
             for n, ids in outputs:

@@ -269,6 +269,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = c = config
         self.recompute = False      # True: save only the input of each block, recompute in backward
+        self.compute_device = None  # where it computes, if its parameters are kept elsewhere
         self.model = nn.ModuleDict({                # "model." is the prefix of HF's parameter names
             "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
             "layers": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
@@ -285,6 +286,11 @@ class Transformer(nn.Module):
     def head(self) -> torch.Tensor:
         """The output matrix, (V, H)."""
         return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, and takes its inputs."""
+        return self.compute_device or self.head.device
 
     def hidden_states(self, tokens, positions=None, rows=None, cache=None):
         """Final hidden states (B, T, H) of tokens (B, T) int64; positions default to 0, 1, 2, ...
@@ -330,7 +336,8 @@ class Transformer(nn.Module):
         """Load a HF directory or a hub id. Raises CheckpointError, naming the file.
 
         shard: called with the model while that is on the meta device, to split it over ranks (by
-        FSDP2's fully_shard, say). No rank then ever holds more than its share and one tensor.
+        FSDP2's fully_shard, say). No rank then ever holds more than its share and one tensor. It
+        may return another device for the parameters.
         """
         path = resolve(path_or_hub_id)
         hf = read_json(os.path.join(path, "config.json"))
@@ -341,7 +348,7 @@ class Transformer(nn.Module):
         with torch.device("meta"):                  # shapes without storage
             model = cls(config).to(dtype)
         if shard is not None:
-            shard(model)
+            device = shard(model) or device
         try:
             model.to_empty(device=device)
         except RuntimeError as e:

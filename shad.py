@@ -198,7 +198,7 @@ def token_losses(model, dataset: Dataset, micro_tokens: int, title: str, directo
     for first in range(0, len(todo), world):
         numbers = todo[first:first + world]                 # one part per rank at a time
         by_sample = part_losses(model, dataset, [parts[p] for p in numbers], micro_tokens, bar)
-        check_finite(by_sample, dataset, title, model.head.device)
+        check_finite(by_sample, dataset, title, model.device)
         if not by_sample:
             continue
         p = numbers[rank]
@@ -221,7 +221,7 @@ def token_losses(model, dataset: Dataset, micro_tokens: int, title: str, directo
         if rank > 0:
             return None
         return np.concatenate([load_part(directory, p) for p in range(len(parts))])
-    summed = torch.from_numpy(losses).to(model.head.device)
+    summed = torch.from_numpy(losses).to(model.device)
     sum_over_ranks(summed)              # each token is filled in by one rank and 0 on the others
     return summed.cpu().numpy()
 
@@ -247,7 +247,7 @@ def part_losses(model, dataset: Dataset, parts: list, micro_tokens: int, bar) ->
 @torch.no_grad()
 def sample_losses(model, dataset: Dataset, indices) -> dict[int, np.ndarray]:
     """{sample: the losses of its output tokens, float32} of one micro-batch."""
-    device = model.head.device
+    device = model.device
     tokens, targets, _ = collate(dataset, indices, device=device)                   # (B, T)
     with mixed_precision(device):
         losses = model(tokens, targets)                                             # (B, T)
@@ -283,7 +283,7 @@ def tune(model: Transformer, datasets, options: Options) -> None:
     datasets: those of the epochs, options.epochs of them.
     """
     rank, world = rank_and_world()
-    device = model.head.device
+    device = model.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0, fused=True)
     for epoch, dataset in enumerate(datasets):
         batches = epoch_batches(

@@ -118,8 +118,8 @@ class Options:
                                  "ranks; without one start from the beginning")
     shard: str = option("auto", "split weights, gradients and optimizer over the ranks (FSDP2); "
                                 "auto: with several GPUs", choices=["auto", "yes", "no"])
-    offload: bool = option(False, "keep a sharded model's weights, gradients and optimizer on the "
-                                  "CPU, which also updates them: slow, but little GPU memory")
+    offload: bool = option(False, "shard, and keep weights, gradients and optimizer on the CPU, "
+                                  "which also updates them: slow, but little GPU memory")
     recompute: bool = option(False, "recompute each block in backward: a third more work, "
                                     "a fraction of the activation memory")
     compile: bool = option(False, "torch.compile each block")
@@ -145,7 +145,7 @@ def backward(model, dataset: Dataset, labels, batch, options: Options) -> dict:
     groups' weights "w" (2,); zeros where the labels know no groups.
     """
     rank, world = rank_and_world()
-    device = model.head.device
+    device = model.device
     batch = np.asarray(batch)
     pieces = micro_batches(batch, dataset.lengths, options.micro_tokens, rank, world)
     single = len(pieces) == 1                               # on every rank
@@ -271,7 +271,7 @@ def metrics_row(step: int, sums: dict, grouped: bool, lr, norm, tokens_per_s) ->
 def not_finite(model, dataset: Dataset, batch, options: Options) -> list[str]:
     """The ids of the samples of a batch whose loss is not finite."""
     rank, world = rank_and_world()
-    device = model.head.device
+    device = model.device
     bad = torch.zeros(len(dataset.lengths), device=device)
     for indices in micro_batches(batch, dataset.lengths, options.micro_tokens, rank, world):
         tokens, targets, _ = collate(dataset, indices, device=device)
@@ -334,7 +334,7 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
         # forward and backward of this rank's share, then the sum over ranks: one global batch
         sums = backward(model, dataset, labels, batch, options)
         all_reduce_gradients(model)
-        stop = torch.tensor(float(told_to_stop.is_set()), device=model.head.device)
+        stop = torch.tensor(float(told_to_stop.is_set()), device=model.device)
         sum_over_ranks(*sums.values(), stop)
 
         # clip, and update the weights

@@ -76,7 +76,7 @@ def backward(model, dataset: Dataset, batch, lengths, reference, options: Option
 
     Returns sums over its pairs, (2,): of the losses, and of those whose h is above 0.
     """
-    sums = torch.zeros(2, device=model.head.device)
+    sums = torch.zeros(2, device=model.device)
     for pairs in micro_batches(batch, lengths, options.micro_tokens, *distributed.rank_and_world()):
         rows = np.concatenate([2 * pairs, 2 * pairs + 1])       # the chosen, then the rejected
         tokens, targets, _ = collate(dataset, rows, device=sums.device)         # (2 * pairs, T)
@@ -108,7 +108,7 @@ def train_dpo(model: Transformer, dataset: Dataset, options: Options) -> list:
     # log pi_ref of every answer, before the reference is tuned
     losses = token_losses(model, dataset, options.micro_tokens, "losses of the reference")
     sums = np.concatenate([[0], losses.cumsum(dtype=np.float64)])[dataset.output_starts]
-    reference = torch.from_numpy(-np.diff(sums)).to(model.head.device, torch.float32).view(-1, 2)
+    reference = torch.from_numpy(-np.diff(sums)).to(model.device, torch.float32).view(-1, 2)
 
     batches = []
     for epoch in range(options.epochs):

@@ -104,7 +104,7 @@ def should_shard(choice: str, device: torch.device, parameters: int = 0) -> bool
     return world > 1 or 18 * parameters > 0.9 * memory
 
 
-def shard_model(model: nn.Module, device, choice="yes", offload=False) -> None:
+def shard_model(model: nn.Module, device, choice="yes", offload=False) -> torch.device | None:
     """Split every parameter of a Transformer by rows over all ranks, in place, if `choice` says so.
 
     A block's parameters are whole only while it computes; those of the root (embedding, last norm,
@@ -114,11 +114,13 @@ def shard_model(model: nn.Module, device, choice="yes", offload=False) -> None:
     cast; gradients are reduced in float32. One rank has nothing to split, but its bf16 copies are
     as short-lived.
 
-    offload: keep the parameters, gradients and optimizer state on the CPU, which also updates them.
+    offload: shard, and keep parameters, gradients and optimizer state on the CPU, which also takes
+    the optimizer's steps. Returns where the parameters are to be made, if not on `device`.
     """
     device = torch.device(device)
-    if not should_shard(choice, device, sum(p.numel() for p in model.parameters())):
-        return
+    parameters = sum(p.numel() for p in model.parameters())
+    if not offload and not should_shard(choice, device, parameters):
+        return None
     if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
         raise DataError(f"torch {torch.__version__} cannot shard a model on CPUs; "
                         "use a newer one, or --shard no.")
@@ -144,9 +146,11 @@ def shard_model(model: nn.Module, device, choice="yes", offload=False) -> None:
     }
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
+        model.compute_device = device
     for block in model.model.layers:
         fully_shard(block, **options)
     fully_shard(model, **options)
+    return torch.device("cpu") if offload else None
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -209,7 +213,7 @@ def not_finite(model: nn.Module, dtype=None) -> list[str]:
     dtype: by default their own. All ranks must call this.
     """
     names = [name for name, _ in model.named_parameters()]
-    bad = torch.zeros(len(names), device=model.head.device)
+    bad = torch.zeros(len(names), device=model.device)
     for i, p in enumerate(model.parameters()):
         local = p.to_local() if is_sharded(p) else p
         if local.numel():

@@ -129,7 +129,7 @@ def prefill(model, cache: KVCache, prompts: list[list[int]], first: int) -> torc
 
     Returns the final hidden state of each one's last token, (prompts, H).
     """
-    device = model.head.device
+    device = model.device
     width = len(prompts[0])
     padded = [prompt + [0] * (width - len(prompt)) for prompt in prompts]
     ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
@@ -141,7 +141,7 @@ def prefill(model, cache: KVCache, prompts: list[list[int]], first: int) -> torc
 
 def decode(model, cache: KVCache, last_ids: list[int], positions: list[int]) -> torch.Tensor:
     """Run one more token per cache row; returns its final hidden state, (rows, H)."""
-    device = model.head.device
+    device = model.device
     positions = torch.tensor(positions, device=device)
     cache.set_positions(0, len(last_ids), positions)
     tokens = torch.tensor(last_ids, device=device)

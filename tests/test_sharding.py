@@ -144,6 +144,7 @@ def test_one_rank_computes_what_the_whole_model_does(folder, one_rank, head, off
     shard = partial(shard_model, device="cpu", offload=offload)
     model = Transformer.from_pretrained(f"{folder}/{head}", shard=shard)
     assert all(is_sharded(p) for p in model.parameters())
+    assert model.device == torch.device("cpu")
     results = step(model, False)
     assert results.keys() == expected.keys()
     for name, tensor in expected.items():
