@@ -266,7 +266,7 @@ def test_ctrl_c_does_not_wait_for_a_judge_that_hangs():
             _, errors = process.communicate(timeout=20)
         finally:
             process.kill()
-    assert time.monotonic() - start < 5                     # a request alone may take a minute
+    assert time.monotonic() - start < 15                    # a request alone may take a minute
     assert process.returncode == 130 and errors == b"-c: stopped\n"
 
 
