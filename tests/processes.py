@@ -27,7 +27,8 @@ fork.set_forkserver_preload([
 def in_float32(script, arguments):
     """The arguments of a run whose figures are compared exactly, on whatever CPU."""
     arguments = [str(argument) for argument in arguments]
-    takes_it = script in ("train", "shad", "eval") and arguments and "--help" not in arguments
+    scripts = ("train", "shad", "eval", "baselines.dpo", "baselines.reference")
+    takes_it = script in scripts and arguments and "--help" not in arguments
     if takes_it and "--dtype" not in arguments:
         arguments += ["--dtype", "float32"]
     return arguments

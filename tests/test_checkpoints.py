@@ -17,7 +17,7 @@ import support.checkpoints
 import train
 from data import Dataset, epoch_batches
 from model import Transformer
-from processes import call, launch, printed, start, wait_until
+from processes import call, in_float32, launch, printed, start, wait_until
 from support.cli import DataError
 from support.readers import read_record
 from support.templates import Renderer
@@ -338,7 +338,7 @@ def test_metrics_survive_a_kill_while_they_are_cut(work, unfinished, monkeypatch
     arguments = training(work, unfinished, 6, "--checkpoint-every", 2, "--resume")
     json_that_is_killed = SimpleNamespace(load=json.load, loads=json.loads, dumps=killed)
     monkeypatch.setattr(support.checkpoints, "json", json_that_is_killed)
-    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    monkeypatch.setattr(sys, "argv", in_float32("train", arguments))
     with pytest.raises(KeyboardInterrupt):
         train.main()
     assert rows[0]["step"] == 1             # killed as it wrote the first line

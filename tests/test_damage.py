@@ -31,7 +31,7 @@ def test_weights_that_are_not_finite_are_never_saved(work, tmp_path):
 @pytest.mark.parametrize("name", ["the base model", "the tuned model"])
 def test_losses_that_are_not_finite_are_no_labels(monkeypatch, work, tmp_path, name):
     compute = shad.sample_losses
-    monkeypatch.setattr(sys, "argv", [str(a) for a in labelling(work, tmp_path)])
+    monkeypatch.setattr(sys, "argv", in_float32("shad", labelling(work, tmp_path)))
 
     def infinite_in_one(model, dataset, indices):
         losses = compute(model, dataset, indices)
@@ -129,7 +129,7 @@ def test_damaged_parts_are_made_again(monkeypatch, work, labels, tmp_path, file,
             os.makedirs((tmp_path / name).parent, exist_ok=True)
             (tmp_path / name).write_bytes(found)
     damage(tmp_path / "parts" / file, kind)
-    monkeypatch.setattr(sys, "argv", [str(a) for a in labelling(work, tmp_path)])
+    monkeypatch.setattr(sys, "argv", in_float32("shad", labelling(work, tmp_path)))
     try:
         shad.main()
     except DataError as e:                  # one bit of settings.json is another setting

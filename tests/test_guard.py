@@ -183,7 +183,7 @@ def test_a_model_that_cannot_be_saved_is_kept_in_a_checkpoint(monkeypatch, work,
 
 def test_labels_need_no_room_for_the_tuned_model(monkeypatch, capsys, work, tmp_path):
     fail_to_save(monkeypatch)
-    monkeypatch.setattr(sys, "argv", [str(a) for a in labelling(work, tmp_path)])
+    monkeypatch.setattr(sys, "argv", in_float32("shad", labelling(work, tmp_path)))
     shad.main()
     assert "tuned model could not be kept" in capsys.readouterr().out
     assert (tmp_path / "labels.safetensors").exists()
