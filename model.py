@@ -197,7 +197,8 @@ class Attention(nn.Module):
         if mask is not None:
             # decoding, T = 1: query heads that share a key fill the T axis, so it is read once
             q = q.reshape(B, k.shape[1], -1, self.head_dim)             # (B, n_kv, group, head_dim)
-        if mask is None and q.dtype == torch.bfloat16 and not q.is_cuda:
+        bf16_on_cpu = q.dtype == torch.bfloat16 and not q.is_cuda
+        if mask is None and bf16_on_cpu and not torch.compiler.is_compiling():
             y = causal_attention(q, k, v)
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,

@@ -1,4 +1,6 @@
 """What bfloat16 changes, and that float32 stays as it was."""
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from data import Dataset, Renderer, collate
 from model import Transformer, causal_attention
 from support import distributed
 from support.readers import toy_samples
+from tiny import make_model
 from toy.reproduce import TOY
 
 CPU = torch.device("cpu")
@@ -76,3 +79,20 @@ def test_a_cpu_without_flags_is_timed(monkeypatch):
     native, reason = distributed.multiplies_bf16(CPU)
     assert isinstance(native, bool)
     assert "x float32's speed" in reason
+
+
+def test_compiled_blocks_take_any_length_in_bf16(monkeypatch):
+    """With the parts of torch.compile that need no C++ compiler."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.utils.counters.clear()
+    distributed.use_dtype("bfloat16", CPU)
+    model, compiled = make_model(96), make_model(96)
+    distributed.compile_blocks(compiled)
+    for length in (30, 250, 41, 400):               # below and above a block of queries
+        tokens = torch.randint(96, (2, length))
+        with distributed.mixed_precision(CPU):
+            losses = compiled(tokens, tokens.roll(-1, 1))
+            expected = model(tokens, tokens.roll(-1, 1))
+        losses.sum().backward()
+        assert (losses - expected).abs().max() < 0.1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2      # last block, others
