@@ -211,7 +211,7 @@ def held_out_html(histories: dict[str, dict[int, dict]], command: str = "") -> s
 
 
 def report_html(
-    runs: dict[str, list[dict]], summaries: dict[str, dict], histories=None, command: str = "",
+    runs: dict[str, list[dict]], summaries: dict[str, dict], command: str = "", histories=None,
 ) -> str:
     """The comparison: training curves of {name: metrics} by group of tokens, and the table.
 

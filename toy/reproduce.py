@@ -114,7 +114,7 @@ def write_report(out: str, dataset: Dataset, difference, shad_summary, runs, his
         tokens = colored_tokens(dataset, i, difference, is_reasoning)
         samples += sample_html(dataset, i, tokens)
     body = (report.summary_html(format_summary(shad_summary))
-            + report.report_html(runs, summaries, histories, command="python train.py")
+            + report.report_html(runs, summaries, "python train.py", histories)
             + f"<h2>What SHAD found</h2>{report.KEY}{samples}")
     report.write_page(os.path.join(out, "report.html"), "SHAD + RFT on the toy", body)
 
