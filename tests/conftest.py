@@ -19,6 +19,10 @@ from support import distributed
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a CUDA GPU")
+
+
 @pytest.fixture(autouse=True)
 def _reset():
     torch.manual_seed(0)
