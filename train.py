@@ -314,9 +314,7 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
     optimizer = make_optimizer(model, options)
     settings = run_settings(dataset, labels, options)
     grouped = labels is not None and has_groups(labels)
-    first = 0
-    if options.resume:
-        first = load_checkpoint(options.out, model, optimizer, settings)
+    first = load_checkpoint(options.out, model, optimizer, settings) if options.resume else 0
     metrics = []
     if rank == 0:
         metrics, log = open_metrics(os.path.join(options.out, "metrics.jsonl"), first)
@@ -327,9 +325,7 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
         batch = batches[step]
 
         # set the learning rate of this step
-        lr = learning_rate(step, len(batches), options)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_learning_rate(optimizer, learning_rate(step, len(batches), options))
 
         # forward and backward of this rank's share, then the sum over ranks: one global batch
         sums = backward(model, dataset, labels, batch, options)
@@ -348,10 +344,7 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
         row = metrics_row(step + 1, sums, grouped, lr, norm, tokens_per_s)
         metrics.append(row)
         if rank == 0:
-            with writing(log.name):
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-            bar.set_postfix(progress(row, grouped))
+            log_step(log, bar, row, grouped)
         if watch:
             watch(step + 1)
 
@@ -404,6 +397,20 @@ def make_optimizer(model: Transformer, options: Options) -> torch.optim.Optimize
     groups = [{"params": matrices, "weight_decay": options.weight_decay},
               {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
+
+
+def set_learning_rate(optimizer, lr: float) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def log_step(log, bar, row: dict, grouped: bool) -> None:
+    """Append a step to metrics.jsonl, and show it at the progress bar."""
+    with writing(log.name):
+        log.write(json.dumps(row) + "\n")
+        log.flush()
+    bar.set_postfix(progress(row, grouped))
 
 
 def progress(row: dict, grouped: bool) -> dict:
