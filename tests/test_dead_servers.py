@@ -238,7 +238,8 @@ def test_a_server_that_drips_times_out_as_a_silent_one(data, monkeypatch):
 
 
 HANGS = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a job in the background ignores it
 sys.path.insert(0, sys.argv[1])
 from benchmarks import Item
 from benchmarks.servers import map_in_threads, judge_endpoint

@@ -19,6 +19,7 @@ import shad
 from data import Dataset
 from model import CheckpointError, Transformer, resolve
 from support.cli import option, parse_options, run_script
+from support.distributed import init_distributed
 from support.label_report import judge
 from support.readers import SPAN_ROLES, TOOL_PROMPT, Message, Sample, call_spans, read_samples
 from support.records import read_records
@@ -46,6 +47,8 @@ class Options:
     seeds: int = option(1, "seeds of each row", low=1)
     batch_tokens: int = option(4096, "tokens per global batch", low=1)
     micro_tokens: int = option(2048, "tokens per forward", low=1)
+    dtype: str = option("auto", "precision of matrix products, as for shad.py",
+                        choices=["auto", "float32", "bfloat16"])
     out: str = option(None, "keep the losses of this model and data here, and resume from them "
                             "(default: a temporary directory)")
 
@@ -146,6 +149,7 @@ def figures_of(dataset: Dataset, difference, has_prose: bool) -> list[str]:
 
 def main():
     options = parse_options(Options, __doc__)
+    init_distributed(options.dtype)
     options.model = resolve(options.model)
     options.out = options.out or tempfile.mkdtemp()
     os.makedirs(options.out, exist_ok=True)
