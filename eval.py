@@ -46,6 +46,7 @@ from support.distributed import (
     mixed_precision,
     on_rank_0,
     rank_and_world,
+    uses_bf16,
 )
 from support.embed import sentence_encoder
 from support.files import claim, release, replacing, write_json, writing
@@ -290,10 +291,13 @@ def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
                             f"{next(iter(outputs))!r}, the benchmark's like {items[0].id!r}.")
     else:
         path = resolve(options.model)
-        model = Transformer.from_pretrained(path, device=device)
+        # decoding reads every weight for each token; the losses of the toy want them in float32
+        dtype = torch.bfloat16 if uses_bf16(device) and not is_toy else torch.float32
+        model = Transformer.from_pretrained(path, dtype, device)
         limit_threads(model)
         renderer = Renderer(path, options.template)
         generation = {"decoding": "greedy",
+                      "weights": str(dtype).removeprefix("torch."),
                       "max_new_tokens": options.max_new_tokens or bench.MAX_NEW_TOKENS,
                       "max_length": context_length(model, options.max_length),
                       "template": renderer.template}

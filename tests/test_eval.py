@@ -200,7 +200,8 @@ def test_prompts_that_are_too_long_are_counted(monkeypatch, chatml, tmp_path):
     main(monkeypatch, *arguments, "--max-length", 60)
     summary = read_summary(tmp_path)
     assert summary["generation"] == {
-        "decoding": "greedy", "max_new_tokens": 8, "max_length": 60, "template": "chatml"}
+        "decoding": "greedy", "weights": "float32", "max_new_tokens": 8, "max_length": 60,
+        "template": "chatml"}
     assert summary["answered"] == 0
     assert summary["too_long"] == 4
     assert summary["categories"]["held_out"]["accuracy"] == 0

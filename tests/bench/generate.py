@@ -4,7 +4,7 @@
     python -m tests.bench.generate --model DIR --data train.json --prompts 24 --batch 12 --new 64
 
 The same prompts, weights, stop token and number of new tokens; the variants take turns, group of
-prompts by group. Needs transformers.
+prompts by group. In bfloat16 both hold their weights in it. Needs transformers.
 """
 import json
 import os
@@ -15,6 +15,7 @@ import torch
 
 from model import CheckpointError, Config, Transformer
 from support.cli import option, parse_options, run_script
+from support.distributed import init_distributed, uses_bf16
 from support.generate import generate
 from support.readers import read_samples
 from support.templates import Renderer
@@ -29,6 +30,8 @@ class Options:
     batch: int = option(8, "prompts that are continued together", low=1)
     new: int = option(48, "new tokens per prompt at most", low=2)
     max_length: int = option(2048, "longer prompts are left out, in tokens", low=2)
+    dtype: str = option("auto", "precision of matrix products, in all",
+                        choices=["auto", "float32", "bfloat16"])
 
 
 def read_prompts(options: Options, renderer: Renderer) -> list[list[int]]:
@@ -105,13 +108,15 @@ def main():
     options = parse_options(Options, __doc__)
     import transformers
     torch.set_num_threads(1)
+    device = init_distributed(options.dtype)
+    dtype = torch.bfloat16 if uses_bf16(device) else torch.float32
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
     # One copy of the weights serves both.
-    hf = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
     with open(os.path.join(options.model, "config.json"), encoding="utf-8") as f:
-        model = Transformer(Config.from_hf(json.load(f)))
+        model = Transformer(Config.from_hf(json.load(f))).to(dtype)
     model.load_state_dict(hf.state_dict(), assign=True, strict=False)
     renderer = Renderer(options.model)
     prompts = read_prompts(options, renderer)
@@ -130,7 +135,7 @@ def main():
     measure.print_heading(
         f"generate: {len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens "
         f"({sum(lengths) / len(lengths):.0f} on average), at most {options.new} new tokens, "
-        f"batches of {options.batch}, float32; CPU time of one thread")
+        f"batches of {options.batch}; CPU time of one thread")
     print_results(*run(variants, prompts, options))
 
 

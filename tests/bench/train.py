@@ -15,7 +15,7 @@ import torch
 from data import Dataset, collate, epoch_batches
 from model import CheckpointError, Transformer
 from support.cli import option, parse_options, run_script
-from support.distributed import init_distributed
+from support.distributed import init_distributed, mixed_precision
 from tests.bench import measure
 
 
@@ -26,6 +26,8 @@ class Options:
     steps: int = option(6, "measured steps", low=1)
     batch_tokens: int = option(4096, "tokens of a batch", low=1)
     max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
+    dtype: str = option("auto", "precision of matrix products, in all",
+                        choices=["auto", "float32", "bfloat16"])
 
 
 def our_loss(model, tokens, targets, lengths):
@@ -39,11 +41,11 @@ def transformers_loss(model, tokens, targets, lengths):
                  use_cache=False).loss
 
 
-def trainer(kind: str, path: str, data: list[str], max_length: int, pipe) -> None:
+def trainer(kind: str, path: str, data: list[str], max_length: int, dtype: str, pipe) -> None:
     """Train on each batch received. Sends (seconds, loss, peak MiB, seconds of a label pass)."""
     dataset = Dataset.load(data, path, "auto", max_length)
+    device = init_distributed(dtype)            # as train.py begins
     if kind == "ours":
-        init_distributed()                      # as train.py begins
         model = Transformer.from_pretrained(path)
         loss_of = our_loss
     else:
@@ -60,7 +62,8 @@ def trainer(kind: str, path: str, data: list[str], max_length: int, pipe) -> Non
         batch = batch[np.argsort(-dataset.lengths[batch], kind="stable")]
         tokens, targets, _ = collate(dataset, batch)
         start = time.perf_counter()
-        loss = loss_of(model, tokens, targets, dataset.lengths[batch] - 1)
+        with mixed_precision(device):
+            loss = loss_of(model, tokens, targets, dataset.lengths[batch] - 1)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -69,7 +72,7 @@ def trainer(kind: str, path: str, data: list[str], max_length: int, pipe) -> Non
 
         start = time.perf_counter()
         if kind == "ours":
-            with torch.no_grad():
+            with torch.no_grad(), mixed_precision(device):
                 model(tokens, targets)
         pipe.send((trained, loss.item(), peak, time.perf_counter() - start))
 
@@ -81,10 +84,11 @@ def main():
     batches = batches[:options.steps + 1]
     tokens = [int(dataset.lengths[batch].sum()) for batch in batches]
     measure.print_heading(
-        f"train: {len(batches) - 1} steps of about {options.batch_tokens} tokens in float32, "
+        f"train: {len(batches) - 1} steps of about {options.batch_tokens} tokens, "
         "after one that is not counted")
     results = measure.in_turns(trainer, ("transformers", "ours"),
-                               (options.model, options.data, options.max_length), batches)
+                               (options.model, options.data, options.max_length, options.dtype),
+                               batches)
 
     speed = {}
     peak = {}

@@ -2,8 +2,9 @@
 
     python -m tests.bench.trl --model DIR --data train.json --max-length 768 --batch 4
 
-Float32 and AdamW in all; one process per variant, which take turns, step by step. Every variant's
-first step is left out of its speed. Needs trl (and with it transformers and datasets).
+The same precision and AdamW in all; in bfloat16 the weights stay float32 (TRL's bf16=True). One
+process per variant, which take turns, step by step. Every variant's first step is left out of its
+speed. Needs trl (and with it transformers and datasets).
 """
 import itertools
 import logging
@@ -19,7 +20,7 @@ import train
 from data import Dataset, epoch_batches
 from model import CheckpointError, Transformer
 from support.cli import option, parse_options, run_script
-from support.distributed import init_distributed
+from support.distributed import init_distributed, uses_bf16
 from tests.bench import measure
 
 TRL = ["TRL, recomputing (its default)", "TRL, not recomputing"]
@@ -33,6 +34,8 @@ class Options:
     prompts: int = option(16, "number of samples, the first that fit --max-length", low=1)
     batch: int = option(8, "samples per step of TRL; ours takes as many tokens", low=1)
     max_length: int = option(2048, "longer samples are left out, in tokens", low=2)
+    dtype: str = option("auto", "precision of matrix products, in all",
+                        choices=["auto", "float32", "bfloat16"])
 
 
 class Turns:
@@ -55,7 +58,7 @@ class Turns:
 
 
 def train_with_ours(kind: str, dataset: Dataset, samples, options: Options, turns: Turns) -> None:
-    init_distributed()                          # as train.py begins
+    init_distributed(options.dtype)             # as train.py begins
     path = options.model
     model = Transformer.from_pretrained(path)
     whole = options.batch * options.max_length
@@ -98,10 +101,11 @@ def train_with_trl(kind: str, dataset: Dataset, samples, options: Options, turns
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=dataset.renderer.tokenizer, pad_token="<|im_end|>",
         eos_token="<|im_end|>")
+    bf16 = uses_bf16(init_distributed(options.dtype))
     arguments = trl.SFTConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=options.batch,
         max_length=options.max_length, num_train_epochs=1, learning_rate=1e-5,
-        lr_scheduler_type="constant", bf16=False, use_cpu=True, report_to=[], save_strategy="no",
+        lr_scheduler_type="constant", bf16=bf16, use_cpu=True, report_to=[], save_strategy="no",
         logging_strategy="no", disable_tqdm=True, include_num_input_tokens_seen="non_padding",
         dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=kind == TRL[0])
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
@@ -128,7 +132,7 @@ def main():
     measure.print_heading(
         f"trl {trl.__version__}, transformers {transformers.__version__}: {options.prompts} "
         f"samples of at most {options.max_length} tokens, {total} real tokens, {options.batch} "
-        "samples per step (ours: as many tokens), float32; the first step not counted")
+        "samples per step (ours: as many tokens); the first step not counted")
     results = measure.in_turns(trainer, [*TRL, *OURS], (options,), itertools.repeat(True))
 
     speed = {}
