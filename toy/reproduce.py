@@ -4,7 +4,9 @@
 batches, then evaluation. It prints a table and writes out/report.html.
 """
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import eval
 import shad
@@ -40,12 +42,18 @@ def evaluate(model, renderer, seed: int, count: int = EVAL_SAMPLES) -> dict:
     return summary
 
 
-def train_method(method: str, dataset: Dataset, labels, out: str, seed: int, base: Transformer):
-    """Train a model by one method. Returns (metrics per step, {step: evaluation})."""
+def train_method(method: str, dataset: Dataset, labels, out: str, seed: int, base: Transformer,
+                 stop: threading.Event):
+    """Train a model by one method. Returns (metrics per step, {step: evaluation}).
+
+    It ends after a step in which `stop` was set.
+    """
     options = train.Options(model=TOY, data=["toy"], out=out, method=method, seed=seed, **TRAINING)
     history = {}
 
     def watch(step):
+        if stop.is_set():
+            raise KeyboardInterrupt
         if step % WATCH_EVERY == 0:
             history[step] = evaluate(base, dataset.renderer, seed, EVAL_SAMPLES // 4)
 
@@ -58,7 +66,7 @@ def reproduce(out: str = "out", seed: int = 0) -> dict:
     """Run everything; returns the evaluation of the base, of SFT and of RFT."""
     start = time.perf_counter()
     device = init_distributed()
-    rank, _ = rank_and_world()
+    rank, world = rank_and_world()
 
     def base():
         return Transformer.from_pretrained(TOY, device=device)
@@ -78,14 +86,25 @@ def reproduce(out: str = "out", seed: int = 0) -> dict:
         model=TOY, data=["toy"], out=os.path.join(out, "labels"), seed=seed, **SHAD)
     difference, shad_summary = shad.run(options, dataset, base())
 
-    # both methods
+    # both methods side by side, on one core each; several ranks must take the same turns
+    stop = threading.Event()
+
+    def train_by(method):
+        labels = shad.Labels(difference)
+        return train_method(method, dataset, labels, os.path.join(out, method), seed, base(), stop)
+
+    methods = ("sft", "rft")
+    with ThreadPoolExecutor(1 if world > 1 else len(methods)) as pool:
+        try:
+            trained = list(pool.map(train_by, methods))
+        except BaseException:           # Ctrl-C, or an error in one: the other ends after its step
+            stop.set()
+            raise
     summaries = {"base": evaluate(base(), dataset.renderer, seed)}
     runs = {}
     histories = {}
-    for method in ("sft", "rft"):
+    for method, (metrics, history) in zip(methods, trained, strict=True):
         name = method.upper()
-        metrics, history = train_method(
-            method, dataset, shad.Labels(difference), os.path.join(out, method), seed, base())
         runs[name] = metrics
         histories[name] = {0: summaries["base"]} | history
         summaries[name] = history[len(metrics)]

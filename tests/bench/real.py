@@ -3,8 +3,8 @@
     python -m tests.bench.real --model DIR --data train.json --out runs
     python -m tests.bench.real --model DIR --data train.json --out runs --methods sft --seeds 1
 
-Data in APIGen's schema. Of the functions offered to each sample those that it calls are kept and
---functions more, since most of a small machine's time would go into reading the others. The last
+Data in APIGen's schema. Of the functions offered to a sample those are kept that it calls, and
+--functions more: a small machine would spend most of its time on reading the others. The last
 samples are held out. SHAD labels the rest once; each method then trains as often as there are
 seeds, from the same model, a seed being an order of the batches. "rft, true roles" has the JSON's
 structure for labels in place of SHAD's, which tells the method from its labels. Runs that
@@ -47,17 +47,18 @@ class Options:
     methods: list = option(NAMES, "which of " + ", ".join(NAMES))
     seeds: int = option(3, "seeds of each method, from 0", low=1)
     processes: int = option(2, "runs at a time, with one thread each", low=1)
-    functions: int = option(1, "functions that a sample is offered beside those it calls", low=0)
+    functions: int = option(0, "functions that a sample is offered beside those it calls", low=0)
     held_out: int = option(80, "held-out samples", low=2)
-    max_length: int = option(320, "longer samples are dropped, in tokens", low=2)
+    max_length: int = option(256, "longer samples are dropped, in tokens", low=2)
     # SHAD's
-    shuffle: int = option(300, "samples to shuffle", low=2)
+    shuffle: int = option(200, "samples to shuffle", low=2)
     shad_epochs: int = option(4, "epochs over them", low=1)
     shad_lr: float = option(1e-4, "learning rate of the discriminator")
     # the methods'
-    epochs: int = option(3, "epochs of each method", low=1)
+    steps: int = option(45, "steps of each method", low=1)
     lr: float = option(1e-4, "peak learning rate of each method")
     batch_tokens: int = option(4096, "tokens per global batch", low=1)
+    micro_tokens: int = option(1024, "tokens per forward", low=1)
     dtype: str = option("auto", "precision of matrix products",
                         choices=["auto", "float32", "bfloat16"])
 
@@ -96,7 +97,8 @@ def make_labels(dataset: Dataset, options: Options) -> None:
     if os.path.exists(os.path.join(folder, "labels.safetensors")):
         return
     settings = shad.Options(model=options.model, data=[options.data], out=folder,
-                            shuffle=options.shuffle, epochs=options.shad_epochs, lr=options.shad_lr)
+                            shuffle=options.shuffle, epochs=options.shad_epochs, lr=options.shad_lr,
+                            micro_tokens=options.micro_tokens)
     shad.run(settings, dataset, Transformer.from_pretrained(options.model))
 
 
@@ -125,11 +127,11 @@ def run(name: str, seed: int, options: Options) -> None:
         method = name if name in METHODS else "rft"
         settings = train.Options(
             model=options.model, data=[options.data], out=folder, method=method, seed=seed,
-            epochs=options.epochs, lr=options.lr, batch_tokens=options.batch_tokens)
+            steps=options.steps, lr=options.lr, batch_tokens=options.batch_tokens,
+            micro_tokens=options.micro_tokens)
         metrics = train.train(model, dataset, labels_for(name, dataset, options), settings)
-    losses = eval.role_losses(model, held_out, 4096)
-    write_json(folder + ".json", {"losses": losses, "metrics": metrics,
-                                  "samples_seen": options.epochs * len(dataset.kept)})
+    losses = eval.role_losses(model, held_out, options.micro_tokens)
+    write_json(folder + ".json", {"losses": losses, "metrics": metrics})
 
 
 def rows_of(names, options: Options) -> list[list[str]]:
@@ -168,7 +170,7 @@ def main():
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         pool.starmap(run, tasks, chunksize=1)
     measure.print_heading(
-        f"{options.epochs} epochs of {dataset.describe()}\nheld out: {held_out.describe()}")
+        f"{options.steps} steps on {dataset.describe()}\nheld out: {held_out.describe()}")
     rows = rows_of(["base", *NAMES], options)
     print(measure.table(rows[0], rows[1:]))
 
