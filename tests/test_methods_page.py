@@ -79,7 +79,9 @@ def test_the_page_copes_with_runs_that_lack_settings_or_evaluations(runs):
 
 
 def test_differences_to_sft_are_paired(runs):
-    means, differences = methods_page.tables(runs)
+    tables = methods_page.tables(runs, VARIANTS)
+    means = tables["means"]
+    differences = tables["differences"]
     column = means[0].index(methods_page.SUCCESS)
     assert [row[0] for row in means[1:]] == ["base", *METHODS]
     noise = [100 * (run["sft"]["summary"]["success"]["held_out"] - 0.2) for run in runs]
@@ -91,6 +93,16 @@ def test_differences_to_sft_are_paired(runs):
     for i, name in enumerate(METHODS):
         if name != "sft":
             assert paired[name] == f"+{3 * i:.1f} ± 0.0"
+
+
+def test_settings_are_compared_with_the_default_where_runs_hold_them(runs):
+    bare = made_up_run(2, variants=False)
+    header, *rows = methods_page.tables([*runs, bare], VARIANTS)["settings"]
+    assert header[0] == "minus default RFT, 2 seeds"
+    assert [row[0] for row in rows] == ["sft", *VARIANTS]
+    column = header.index(methods_page.SUCCESS)
+    assert rows[0][column] == "\N{MINUS SIGN}18.0 ± 0.0"
+    assert "settings" not in methods_page.tables([bare], VARIANTS)
 
 
 def test_the_papers_figures_stand_beside_the_toys(runs):

@@ -5,7 +5,7 @@
 
 Each seed has its own samples, SHAD labels, reference model (Rho-1) and DPO model (RewardFT); all
 methods start from the same base and see the same batches. Writes runs/SEED.json, runs/methods.json
-and runs/methods.html, and prints tables of mean +- 95 % interval and of paired differences to SFT.
+and runs/methods.html, and prints tables of mean +- 95 % interval and of paired differences.
 """
 import multiprocessing
 import os
@@ -134,9 +134,8 @@ def main():
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         pool.starmap(run_seed, [(seed, options.out) for seed in seeds], chunksize=1)
     runs = [read_object(os.path.join(options.out, f"{seed}.json")) for seed in seeds]
-    means, differences = methods_page.tables(runs)
-    write_json(os.path.join(options.out, "methods.json"),
-               {"means": means, "differences": differences})
+    tables = methods_page.tables(runs, VARIANTS)
+    write_json(os.path.join(options.out, "methods.json"), tables)
     command = f"python -m tests.bench.methods --out runs --seeds {options.seeds}"
     body = methods_page.runs_html(runs, VARIANTS, command)
     dataset = Dataset(toy_samples(reproduce.SAMPLES, 0), Renderer(reproduce.TOY))
@@ -144,9 +143,8 @@ def main():
     body += methods_page.labels_html(folders, dataset, command)
     report.write_page(os.path.join(options.out, "methods.html"), "All methods on the toy", body)
     measure.print_heading(f"toy: all methods, {options.seeds} seeds")
-    print(measure.table(means[0], means[1:]))
-    print()
-    print(measure.table(differences[0], differences[1:]))
+    for header, *rows in tables.values():
+        print(f"{measure.table(header, rows)}\n")
 
 
 if __name__ == "__main__":

@@ -56,19 +56,35 @@ def figures(runs: list[dict], names, minus: str | None = None) -> dict:
     return results
 
 
-def tables(runs: list[dict]) -> tuple[list, list]:
-    """Rows of every figure's mean and 95 % interval, and of the paired differences to SFT."""
-    means = figures(runs, ["base", *METHODS])
-    differences = figures(runs, [name for name in METHODS if name != "sft"], minus="sft")
-    return report.mean_rows(means, FORMS), report.mean_rows(differences, SIGNED_FORMS)
+def complete(runs: list[dict], variants: dict) -> list[dict]:
+    """The runs that hold all settings of RFT."""
+    return [run for run in runs if all(name in run for name in variants)]
+
+
+def tables(runs: list[dict], variants: dict) -> dict[str, list]:
+    """Rows of every figure's mean and 95 % interval.
+
+    "means", "differences" to SFT, and "settings": differences to the default RFT, where any run
+    holds them.
+    """
+    others = [name for name in METHODS if name != "sft"]
+    rows = {"means": report.mean_rows(figures(runs, ["base", *METHODS]), FORMS)}
+    rows["differences"] = report.mean_rows(figures(runs, others, minus="sft"), SIGNED_FORMS)
+    rows["differences"][0][0] = "minus SFT"
+    full = complete(runs, variants)
+    if full:
+        differences = figures(full, ["sft", *variants], minus="rft")
+        rows["settings"] = report.mean_rows(differences, SIGNED_FORMS)
+        rows["settings"][0][0] = f"minus default RFT, {len(full)} seeds"
+    return rows
 
 
 def panels(*content: str) -> str:
     return f'<div class="panels">\n{"".join(content)}</div>\n'
 
 
-def comparison_html(runs: list[dict], command: str) -> str:
-    """Every method's figures, and its paired differences to SFT."""
+def comparison_html(runs: list[dict], rows: dict[str, list], command: str) -> str:
+    """Every method's figures, and its paired differences to SFT; rows: those of tables()."""
     success = {}
     losses = {}
     for name, row in figures(runs, METHODS).items():
@@ -76,7 +92,6 @@ def comparison_html(runs: list[dict], command: str) -> str:
         losses[name] = row[LOSS]
     dots = panels(dots_plot("Held-out success", "right calls (%)", success),
                   dots_plot("Held-out reasoning loss", "loss (nats)", losses))
-    means, differences = tables(runs)
     dots_caption = (
         f"Large dots are means in their 95 % intervals (Student's t), small ones below the "
         f"{len(runs)} seeds. An interval without a mark at its end goes on."
@@ -93,9 +108,9 @@ def comparison_html(runs: list[dict], command: str) -> str:
     )
     return (
         f"<p>{intro}</p>\n<h2>All methods</h2>\n" + report.figure_html(dots, dots_caption, command)
-        + report.figure_html(report.table_html(means), means_caption, command)
+        + report.figure_html(report.table_html(rows["means"]), means_caption, command)
         + "<h2>Minus SFT</h2>\n"
-        + report.figure_html(report.table_html(differences), differences_caption, command)
+        + report.figure_html(report.table_html(rows["differences"]), differences_caption, command)
     )
 
 
@@ -158,11 +173,8 @@ def verdict(success, loss) -> str:
 def settings_html(runs: list[dict], variants: dict[str, dict], command: str) -> str:
     """What matters in RFT: 1/tau, scope, means or sums, weights with or without a gradient.
 
-    variants: {name: options of train.py besides the default}, as in methods.py.
+    variants: {name: options of train.py besides the default}, as in methods.py; all runs hold them.
     """
-    runs = [run for run in runs if all(name in run for name in variants)]
-    if not runs:
-        return ""
     differences = figures(runs, ["sft", *variants], minus="rft")
     success = {}
     losses = {}
@@ -270,9 +282,14 @@ def method_views(folder: str, dataset: Dataset) -> dict:
 
 def runs_html(runs: list[dict], variants: dict[str, dict], command: str) -> str:
     """What the runs alone show: the body of methods.html but for the labels."""
-    return (
-        comparison_html(runs, command)
+    rows = tables(runs, variants)
+    body = (
+        comparison_html(runs, rows, command)
         + paper_html(runs, command)
         + over_training_html(runs, command)
-        + settings_html(runs, variants, command)
     )
+    if "settings" in rows:
+        body += settings_html(complete(runs, variants), variants, command)
+        caption = "Paired differences to the default of RFT, of all figures."
+        body += report.figure_html(report.table_html(rows["settings"]), caption, command)
+    return body
