@@ -18,6 +18,9 @@ TOP = 42
 BOTTOM = 212
 LINE_HEIGHT = 14
 LINE_COLOURS = 8
+# methods keep their colours from figure to figure; other lines take them in turn
+METHOD_COLOURS = {"sft": 0, "rft": 1, "alpha": 2, "regex": 3, "regex+rft": 4, "rho1": 5,
+                  "rewardft": 6}
 
 
 def mean_interval(values) -> tuple[np.ndarray, np.ndarray]:
@@ -38,6 +41,11 @@ def svg(title: str, content: str) -> str:
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
         f"{content}</svg>\n"
     )
+
+
+def colour(name: str, i: int) -> str:
+    """The style of what is drawn for a name, the i-th of a figure."""
+    return f"color:var(--line{METHOD_COLOURS.get(name.lower(), i % LINE_COLOURS)})"
 
 
 def svg_text(x: float, y: float, text: str, anchor: str = "start", kind: str = "tick") -> str:
@@ -95,25 +103,37 @@ def spread(wanted: list[float], gap: float, low: float, high: float) -> np.ndarr
     return places
 
 
+def limits(values, intervals) -> tuple[float, float]:
+    """An axis for values and their intervals, which few runs make very wide.
+
+    It holds all values; intervals at most double its length.
+    """
+    low = np.min(values)
+    high = np.max(values)
+    room = (high - low or 1) / 2
+    return max(np.min(intervals), low - room), min(np.max(intervals), high + room)
+
+
 def line_plot(title: str, x_label: str, y_label: str, series: dict, log_y: bool = False) -> str:
     """A figure of lines {name: (x, y)} or, with bands, {name: (x, y, low, high)}.
 
-    Each line is named at its end; up to a dozen points are marked. A logarithmic y axis begins at
-    a ten-thousandth of the largest value if there are smaller ones.
+    Each line is named at its end; up to a dozen points are marked. Bands are cut where they would
+    more than double the axis. A logarithmic y axis begins at a ten-thousandth of the largest value
+    if there are smaller ones.
     """
     all_x = np.concatenate([line[0] for line in series.values()])
     all_y = np.concatenate([np.ravel(line[1:]) for line in series.values()])
-    low = all_y.min()
-    high = all_y.max()
+    low, high = limits(np.concatenate([line[1] for line in series.values()]), all_y)
     if log_y:
-        low = 0.8 * max(low, high / 10_000)
+        low = 0.8 * max(min(np.min(line[1]) for line in series.values()), high / 10_000)
         high = 1.1 * high
     right = WIDTH - 18 - 7 * max(map(len, series))              # leaves room for the names
     x, x_ticks = axis(all_x.min(), all_x.max(), LEFT, right)
     y, y_ticks = axis(low, high, BOTTOM, TOP, np.log10 if log_y else np.asarray)
 
     def points(xs, ys):
-        return [f"{a:.1f},{b:.1f}" for a, b in zip(x(xs), y(np.maximum(ys, low)), strict=True)]
+        ys = y(np.clip(ys, low, high))
+        return [f"{a:.1f},{b:.1f}" for a, b in zip(x(xs), ys, strict=True)]
 
     # where lines end close together their names are pushed apart; each is tied to its line
     ends = [y(max(line[1][-1], low)) for line in series.values()]
@@ -126,7 +146,7 @@ def line_plot(title: str, x_label: str, y_label: str, series: dict, log_y: bool 
     for i, (name, (xs, ys, *bounds)) in enumerate(series.items()):
         line = points(xs, ys)
         parts.append(
-            f'<g style="color:var(--line{i % LINE_COLOURS})"><title>{html.escape(name)}</title>'
+            f'<g style="{colour(name, i)}"><title>{html.escape(name)}</title>'
             f'<polyline points="{" ".join(line)}"/>'
             f'<polyline class="tie" points="{line[-1]} {right + 10:.1f},{places[i]:.1f}"/>'
             f'{svg_text(right + 13, places[i] + 4, name, "start", "label")}'
@@ -147,6 +167,52 @@ def band(x, runs) -> tuple:
     return x, mean, mean - half, mean + half
 
 
+def dots_plot(title: str, x_label: str, rows: dict, level: float | None = None) -> str:
+    """A row per name of {name: values (runs,)}: the mean in its 95 % interval, below it each run.
+
+    An interval that would make the axis more than twice as long is cut, and has no mark at that
+    end. level: a line across all rows, such as that of no difference.
+    """
+    values = np.concatenate([np.ravel(row) for row in rows.values()])
+    if level is not None:
+        values = np.append(values, level)
+    bounds = []
+    for row in rows.values():
+        mean, half = mean_interval(row)
+        bounds += [mean - half, mean + half]
+    low, high = limits(values, np.append(values, bounds))
+    left = 12 + 6.5 * max(map(len, rows))                       # leaves room for the names
+    x, x_ticks = axis(low, high, left, WIDTH - 12)
+    step = (BOTTOM - TOP) / len(rows)
+
+    # the axis
+    parts = [svg_text(0, 12, title, "start", "title"), axes(x_label, x_ticks, [], WIDTH + left)]
+    for place, _ in x_ticks:
+        parts.append(f'<line x1="{place:.1f}" x2="{place:.1f}" y1="{TOP - 8}" y2="{BOTTOM}"/>')
+    if level is not None:
+        parts.append(f'<polyline class="tie" points="{x(level):.1f},{TOP - 8} '
+                     f'{x(level):.1f},{BOTTOM}"/>')
+
+    # a name, its runs, its interval with a mark at each end that is not cut, and its mean
+    for i, (name, row) in enumerate(rows.items()):
+        y = TOP + step * (i + 0.5)
+        mean, half = mean_interval(row)
+        first, last = np.clip([mean - half, mean + half], low, high)
+        runs = "".join(f"M{x(value):.1f},{y + 6:.1f}h0" for value in row)
+        ends = ""
+        for end, wanted in ((first, mean - half), (last, mean + half)):
+            if end == wanted:
+                ends += f"M{x(end):.1f},{y - 4:.1f}v8"
+        parts.append(
+            f'<g style="{colour(name, i)}">'
+            f'<title>{html.escape(name)}: {mean:.3g} \N{PLUS-MINUS SIGN} {half:.2g}</title>'
+            f'{svg_text(0, y + 4, name, "start", "label")}<path class="run" d="{runs}"/>'
+            f'<path class="whisker" d="M{x(first):.1f},{y:.1f}H{x(last):.1f}{ends}"/>'
+            f'<path d="M{x(mean):.1f},{y:.1f}h0"/></g>'
+        )
+    return svg(f"{title}: {x_label}", "".join(parts))
+
+
 def roc_curve(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The shares of the negatives and of the positives above each threshold, from none to all.
 
@@ -158,6 +224,27 @@ def roc_curve(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.
         ordered = np.sort(scores[group])
         below.append(np.searchsorted(ordered, thresholds, "right") / len(ordered))
     return 1 - below[0], 1 - below[1]
+
+
+def roc_svg(difference: np.ndarray, positive: np.ndarray, threshold: float = 0.0) -> str:
+    """The ROC curve of LD (n,) against the true reasoning tokens (n,), with the threshold on it."""
+    false, true = roc_curve(difference, positive)
+    called = difference > threshold
+    hit = called[positive].mean()
+    false_alarm = called[~positive].mean()
+    x, x_ticks = axis(0, 1, LEFT, WIDTH - 12)
+    y, y_ticks = axis(0, 1, BOTTOM, TOP)
+    points = [f"{a:.1f},{b:.1f}" for a, b in zip(x(false), y(true), strict=True)]
+    label = f"LD > {threshold:g}: {hit:.1%} of reasoning, {false_alarm:.1%} of boilerplate"
+    return svg("ROC curve of the loss difference", (
+        f'{svg_text(0, 12, "LD as a test for reasoning", "start", "title")}'
+        f'{svg_text(0, 28, "share of reasoning tokens above a threshold")}'
+        f'{axes("share of boilerplate tokens above it", x_ticks, y_ticks, WIDTH - 12)}'
+        f'<g style="color:var(--line1)"><polyline points="{" ".join(points)}"/>'
+        f'<path d="M{x(false_alarm):.1f},{y(hit):.1f}h0"/>'
+        f'{svg_text(x(false_alarm) + 12, min(y(hit) + 24, BOTTOM - 6), label, "start", "label")}'
+        f'</g>'
+    ))
 
 
 def smooth(losses: np.ndarray) -> np.ndarray:

@@ -141,22 +141,18 @@ def output_pieces(dataset, i: int) -> list[tuple[str, bool]]:
     return pieces
 
 
-def colored_tokens(dataset, i: int, difference, is_reasoning, losses=None):
+def colored_tokens(dataset, i: int, kinds, values) -> list[tuple[str, str, str]]:
     """(text, kind, hover text) of each output token of sample i.
 
-    difference, is_reasoning, and each of losses, {name: array} for the hover text: (output
-    tokens,).
+    kinds: (tokens of this output,) str; where one is "", the shape of the text tells format from
+    connecting. values: {name: array (tokens of this output,)} for the hover text.
     """
     tokens = []
-    start = dataset.output_starts[i]
-    for k, (text, is_format) in enumerate(output_pieces(dataset, i), start):
-        kind = "format" if is_format else "connecting"
-        if is_reasoning[k]:
-            kind = "reasoning"
+    for k, (text, is_format) in enumerate(output_pieces(dataset, i)):
+        shape = "format" if is_format else "connecting"
         lines = [repr(text)]
-        lines += [f"{name} {values[k]:.3f}" for name, values in (losses or {}).items()]
-        lines.append(f"LD {difference[k]:+.3f}")
-        tokens.append((text, kind, "\n".join(lines)))
+        lines += [f"{name} {array[k]:.3f}" for name, array in values.items()]
+        tokens.append((text, kinds[k] or shape, "\n".join(lines)))
     return tokens
 
 
@@ -174,7 +170,9 @@ def labels_page(dataset, difference, is_reasoning, threshold, losses, summary, c
     kinds = []
     samples = []
     for i in shown:
-        tokens = colored_tokens(dataset, i, difference, is_reasoning, losses)
+        own = slice(*dataset.output_starts[i:i + 2])
+        values = {name: array[own] for name, array in (losses | {"LD": difference}).items()}
+        tokens = colored_tokens(dataset, i, np.where(is_reasoning[own], "reasoning", ""), values)
         kinds += [kind for _, kind, _ in tokens]
         samples.append(sample_html(dataset, i, tokens))
     shares = []
@@ -182,3 +180,31 @@ def labels_page(dataset, difference, is_reasoning, threshold, losses, summary, c
         shares.append(f"{kind} {kinds.count(kind) / max(1, len(kinds)):.0%}")
     return report.labels_body(format_summary(summary), ", ".join(shares), threshold, difference,
                               is_reasoning, "".join(samples))
+
+
+def shad_views(dataset, difference, is_reasoning) -> dict:
+    """What SHAD calls reasoning, and the true roles, for sample_views."""
+    roles = dataset.true_roles()
+    key = report.KINDS | {"boundary": "boilerplate: boundary, which ends a name or value"}
+    values = {"LD": difference}
+    return {
+        "SHAD": (report.KINDS, np.where(is_reasoning, "reasoning", ""), values),
+        "true roles": (key, np.select(list(roles.values()), list(roles), ""), values),
+    }
+
+
+def sample_views(dataset, count: int, views: dict) -> str:
+    """The first `count` samples, with buttons that choose by what their tokens are coloured.
+
+    views: {title: (key, kinds, values)}: what each kind is called; kinds and values as in
+    colored_tokens, but of the output tokens of all samples.
+    """
+    bodies = {}
+    for title, (key, kinds, values) in views.items():
+        body = report.key_html(key)
+        for i in dataset.kept[:count]:
+            own = slice(*dataset.output_starts[i:i + 2])
+            shown = {name: array[own] for name, array in values.items()}
+            body += sample_html(dataset, i, colored_tokens(dataset, i, kinds[own], shown))
+        bodies[title] = body
+    return report.choice_html("view", bodies)

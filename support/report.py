@@ -9,18 +9,22 @@ from pathlib import Path
 
 import numpy as np
 
-from support.figures import curves_svg, histogram_svg, line_plot, mean_interval
+from support.figures import (
+    band,
+    curves_svg,
+    histogram_svg,
+    line_plot,
+    mean_interval,
+    roc_svg,
+)
 from support.files import replacing
 
 STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 
 # The kinds of token on a page. Format tokens are field markers, JSON keys, brackets and quotes;
 # connecting tokens are the words of the template between them.
-KEY = (
-    '<p class="key"><span class="reasoning">reasoning</span>'
-    '<span class="format">boilerplate: format</span>'
-    '<span class="connecting">boilerplate: connecting</span></p>'
-)
+KINDS = {"reasoning": "reasoning", "format": "boilerplate: format",
+         "connecting": "boilerplate: connecting"}
 FORMAT = re.compile(
     r'^[ \t]*[A-Z][\w ]{0,30}:|"[^"\n]{0,40}"\s*:|[{}\[\]"][:,]*|\s+', re.MULTILINE)
 
@@ -57,15 +61,18 @@ def comparison_rows(summaries: dict[str, dict]) -> list[list[str]]:
 def mean_rows(results: dict[str, dict[str, list]], forms: dict[str, str]) -> list[list[str]]:
     """A header, and one row per method: mean and 95 % interval of each column.
 
-    `results` are {method: {column: a value per run}}, `forms` {column: its format}, as ".1%".
+    `results` are {method: {column: a value per run}}, `forms` {column: its format}, as ".1%" or,
+    for differences, "+.3f".
     """
     rows = [["method", *forms]]
     for name, columns in results.items():
         row = [name]
         for column, form in forms.items():
             mean, half = mean_interval(columns[column])
-            interval = f" \N{PLUS-MINUS SIGN} {half:{form}}" if len(columns[column]) > 1 else ""
-            row.append(f"{mean:{form}}{interval}")
+            text = f"{mean:{form}}"
+            if len(columns[column]) > 1:
+                text += f" \N{PLUS-MINUS SIGN} {half:{form.lstrip('+')}}"
+            row.append(text.replace("-", "\N{MINUS SIGN}"))
         rows.append(row)
     return rows
 
@@ -142,11 +149,17 @@ def split_pieces(text: str, offsets: list[tuple[int, int]]) -> list[tuple[str, b
     return pieces
 
 
+def key_html(kinds: dict[str, str]) -> str:
+    """What the colours of tokens mean, {kind: text}."""
+    spans = [f'<span class="{kind}">{html.escape(text)}</span>' for kind, text in kinds.items()]
+    return f'<p class="key">{"".join(spans)}</p>\n'
+
+
 def sample_html(name: str, given: str, tokens: list[tuple[str, str, str]]) -> str:
     """One sample: its name, its input, and its output tokens (text, kind, hover).
 
-    A kind is "reasoning", "format" or "connecting". `hover` is shown while the pointer rests on
-    the token, or once it is tapped. All of it is text, not HTML.
+    A kind is a class of report.css, such as those of KINDS. `hover` is shown while the pointer
+    rests on the token, or once it is tapped. All of it is text, not HTML.
     """
     spans = []
     for text, kind, hover in tokens:
@@ -180,7 +193,7 @@ def labels_body(
         f"{summary_html(summary_text)}"
         "<h2>Loss difference</h2>\n"
         f"{figure_html(histogram_svg(difference, is_reasoning), caption, command)}"
-        f"<h2>Samples</h2>\n{KEY}\n"
+        f"<h2>Samples</h2>\n{key_html(KINDS)}"
         f'<p class="note">Of the tokens below: {html.escape(shares_text)}. SHAD tells reasoning '
         f"(LD &gt; {threshold:g}) from boilerplate; format and connecting are told apart by the "
         "shape of the text. Point at a token, or tap it, for its losses.</p>\n"
@@ -188,26 +201,76 @@ def labels_body(
     )
 
 
-def held_out_html(histories: dict[str, dict[int, dict]], command: str = "") -> str:
-    """Held-out success and losses over training: {name: {step: summary of the toy}}."""
-    series = {"Success": {}, "Reasoning tokens": {}, "Boilerplate tokens": {}}
-    for name, history in histories.items():
-        held_out = [summary["losses"]["held_out"] for summary in history.values()]
-        success = [summary["success"]["held_out"] for summary in history.values()]
-        series["Success"][name] = (list(history), success)
-        for group in ("reasoning", "boilerplate"):
-            losses = [losses[group]["loss"] for losses in held_out]
-            series[f"{group.capitalize()} tokens"][name] = (list(history), losses)
+def truth_html(difference: np.ndarray, is_reasoning: np.ndarray, note: str, command="") -> str:
+    """SHAD against the true roles: LD (n,) of the truly reasoning tokens (n,) and of the others.
+
+    `note` says which tokens these are.
+    """
+    caption = (
+        f"Histogram: LD = loss of the tuned model \N{MINUS SIGN} loss of the base model, in nats, "
+        "clipped to \N{PLUS-MINUS SIGN}8, by the tokens' true roles; heights are square roots of "
+        "counts. ROC curve: the tokens that a threshold on LD calls reasoning; the dot is the "
+        f"paper's threshold, 0. {note}"
+    )
+    panels = histogram_svg(difference, is_reasoning) + roc_svg(difference, is_reasoning)
+    return figure_html(f'<div class="panels">\n{panels}</div>\n', caption, command)
+
+
+def runs_note(runs: dict[str, list]) -> str:
+    """What a caption says of {name: its runs}, where any has several."""
+    counts = sorted({len(of_name) for of_name in runs.values()})
+    if counts == [1]:
+        return ""
+    return f" Means with 95 % intervals over {' or '.join(map(str, counts))} seeds."
+
+
+def held_out_html(histories: dict[str, list[dict[int, dict]]], command: str = "") -> str:
+    """Held-out success and losses over training: {name: {step: summary of the toy} of each run}.
+
+    Several runs are shown as their mean and its 95 % interval.
+    """
+    figures = {
+        "Success": lambda summary: 100 * summary["success"]["held_out"],
+        "Reasoning tokens": lambda summary: summary["losses"]["held_out"]["reasoning"]["loss"],
+        "Boilerplate tokens": lambda summary: summary["losses"]["held_out"]["boilerplate"]["loss"],
+    }
     panels = ""
-    for title, lines in series.items():
-        label = "share of right calls" if title == "Success" else "loss (nats)"
-        panels += line_plot(title, "step", label, lines)
+    for title, figure in figures.items():
+        lines = {}
+        for name, runs in histories.items():
+            steps = sorted(runs[0])
+            x, *line = band(steps, [[figure(run[step]) for step in steps] for run in runs])
+            most = 100 if title == "Success" else None
+            lines[name] = (x, *np.clip(line, 0, most))
+        label = "right calls (%)" if title == "Success" else "loss (nats)"
+        log_y = title == "Boilerplate tokens"       # it falls to a tenth within the first steps
+        panels += line_plot(title, "step", label, lines, log_y)
     caption = (
         "Held-out tasks have other tools, arguments, values and wordings: the words of a right "
-        "call can only be copied from the request."
+        "call can only be copied from the request. Losses are by the true role of the tokens."
     )
+    caption += runs_note(histories)
     panels = f'<div class="panels">\n{panels}</div>\n'
     return f"<h2>Held-out tasks over training</h2>\n{figure_html(panels, caption, command)}"
+
+
+def training_html(runs: dict[str, list[list[dict]]], command: str = "") -> str:
+    """Training curves by group of tokens: {name: metrics of each run}, a dict per step.
+
+    Several runs are shown as their mean and its 95 % interval.
+    """
+    panels = ""
+    for group in ("reasoning", "boilerplate"):
+        curves = {}
+        for name, metrics in runs.items():
+            curves[name] = [[step[f"loss_{group}"] for step in run] for run in metrics]
+        panels += curves_svg(f"{group.capitalize()} tokens", curves)
+    panels = f'<div class="panels">\n{panels}</div>\n'
+    caption = (
+        "Losses on the training data, of SHAD's two groups. Each curve is a moving average over a "
+        f"fortieth of the steps.{runs_note(runs)}"
+    )
+    return f"<h2>Training curves</h2>\n{figure_html(panels, caption, command)}"
 
 
 def report_html(
@@ -215,17 +278,10 @@ def report_html(
 ) -> str:
     """The comparison: training curves of {name: metrics} by group of tokens, and the table.
 
-    histories: {name: {step: summary}}, where models were evaluated over training. `command` is what
+    histories: those of held_out_html, where models were evaluated over training. `command` is what
     made them.
     """
-    panels = []
-    for group in ("reasoning", "boilerplate"):
-        curves = {}
-        for name, metrics in runs.items():
-            curves[name] = [step[f"loss_{group}"] for step in metrics]
-        panels.append(curves_svg(f"{group.capitalize()} tokens", curves))
-    panels = f'<div class="panels">\n{"".join(panels)}</div>\n'
-    curves_caption = "Each curve is a moving average over a fortieth of the steps."
+    curves = {name: [metrics] for name, metrics in runs.items()}
     table_caption = (
         "Mean loss in nats by the true role of the tokens, and the share of calls that are exactly "
         "right. Held-in tasks are made of the words and phrases of the training data; held-out "
@@ -233,7 +289,7 @@ def report_html(
     )
     return (
         f"{held_out_html(histories, command) if histories else ''}"
-        f"<h2>Training curves</h2>\n{figure_html(panels, curves_caption, command)}"
+        f"{training_html(curves, command)}"
         "<h2>Losses and success: held-in / held-out</h2>\n"
         f"{figure_html(table_html(comparison_rows(summaries)), table_caption, command)}"
     )

@@ -4,8 +4,17 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from data import Dataset
+from pages import Page
 from shad import classify
-from support.label_report import auc, format_summary, judge, output_pieces, summarize
+from support.label_report import (
+    auc,
+    format_summary,
+    judge,
+    output_pieces,
+    sample_views,
+    shad_views,
+    summarize,
+)
 from support.readers import toy_samples
 from support.report import histogram_svg
 from support.templates import Renderer
@@ -143,3 +152,29 @@ def test_the_histogram_shows_an_ld_of_0_as_boilerplate():
     svg = histogram_svg(zeros, classify(zeros))
     assert "boilerplate, LD" in svg
     assert "reasoning, LD" not in svg
+
+
+def test_views_colour_the_same_tokens_by_what_each_says(tmp_path):
+    toy_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    dataset = Dataset(toy_samples(5, 0), Renderer(str(tmp_path)))
+    difference = np.arange(-50, dataset.output_starts[-1] - 50, dtype=np.float32)
+    views = shad_views(dataset, difference, classify(difference))
+    _, true, _ = views["true roles"]
+    roles = dataset.true_roles()
+    for role, is_role in roles.items():
+        assert ((true == role) == is_role).all()
+    weight = np.zeros(len(difference))
+    views["weights"] = ({"rest": "all"}, np.full(len(difference), "rest"), {"weight": weight})
+
+    page = Page(sample_views(dataset, 3, views))
+    assert [text for tag, text in page.texts if tag == "label"] == [*views]
+    assert sum(a.get("class") == "sample" for _, a in page.tags) == 3 * len(views)
+    tokens = [a for tag, a in page.tags if tag == "span" and "title" in a]
+    shown = dataset.output_starts[3]
+    assert len(tokens) == 3 * shown                             # three views
+    kinds = [a["class"] for a in tokens]
+    assert [kind == "reasoning" for kind in kinds[:shown]] == (difference[:shown] > 0).tolist()
+    assert kinds[shown:2 * shown] == true[:shown].tolist()
+    assert set(kinds[2 * shown:]) == {"rest"}
+    assert tokens[0]["title"].endswith("LD -50.000")
+    assert tokens[-1]["title"].endswith("weight 0.000")

@@ -17,7 +17,7 @@ from support import report
 from support.cli import run_script
 from support.distributed import init_distributed, limit_threads, on_rank_0, rank_and_world
 from support.files import claim, make_folder, release, write_json
-from support.label_report import colored_tokens, format_summary, sample_html
+from support.label_report import format_summary, sample_views, shad_views
 from support.readers import toy_samples
 
 TOY = os.path.dirname(os.path.abspath(__file__))
@@ -123,18 +123,22 @@ def reproduce(out: str = "out", seed: int = 0) -> dict:
 
 
 def write_report(out: str, dataset: Dataset, difference, shad_summary, runs, histories) -> None:
-    """Write out/report.html: figures, and twelve samples in SHAD's colours."""
+    """Write out/report.html: figures, and twelve samples in SHAD's colours and in the true ones."""
     summaries = {"base": histories["SFT"][0]}
     for name, history in histories.items():
         summaries[name] = history[max(history)]
+    command = "python train.py"
     is_reasoning = shad.classify(difference)
-    samples = ""
-    for i in range(12):
-        tokens = colored_tokens(dataset, i, difference, is_reasoning)
-        samples += sample_html(dataset, i, tokens)
+    true = dataset.true_roles()["reasoning"]
+    note = (f"All {len(dataset.kept):,} samples, the {shad_summary['shuffled']:,} shuffled ones "
+            "too.")
+    views = shad_views(dataset, difference, is_reasoning)
+    over_training = {name: [history] for name, history in histories.items()}
     body = (report.summary_html(format_summary(shad_summary))
-            + report.report_html(runs, summaries, "python train.py", histories)
-            + f"<h2>What SHAD found</h2>{report.KEY}{samples}")
+            + report.report_html(runs, summaries, command, over_training)
+            + "<h2>SHAD compared with the true roles</h2>\n"
+            + report.truth_html(difference, true, note, command)
+            + "<h2>Coloured samples</h2>\n" + sample_views(dataset, 12, views))
     report.write_page(os.path.join(out, "report.html"), "SHAD + RFT on the toy", body)
 
 

@@ -5,13 +5,13 @@
 
 Each seed has its own samples, SHAD labels, reference model (Rho-1) and DPO model (RewardFT); all
 methods start from the same base and see the same batches. Writes runs/SEED.json, runs/methods.json
-and runs/methods.html, and prints tables of mean +- 95 % interval and of paired differences to SFT.
+and runs/methods.html, and prints tables of mean +- 95 % interval and of paired differences.
 """
 import multiprocessing
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 
-import numpy as np
 import torch
 
 import shad
@@ -22,11 +22,11 @@ from data import Dataset, Renderer
 from model import CheckpointError, Transformer
 from rft import METHODS
 from support import report
+from support.checkpoints import save_model
 from support.cli import option, parse_options, run_script
-from support.figures import band, line_plot, mean_interval
 from support.files import write_json
 from support.readers import read_object, read_record, toy_samples
-from tests.bench import measure
+from tests.bench import measure, methods_page
 from toy import reproduce
 from toy.task import toy_pairs
 
@@ -38,6 +38,9 @@ class Options:
     processes: int = option(2, "seeds run at a time, with one thread each", low=1)
 
 
+WATCH_EVERY = 40        # steps between evaluations in training ...
+WATCH_SAMPLES = 50      # ... of each kind, held-in and held-out
+
 # settings of RFT besides the default: the paper's sweep of 1/tau, and what its formula leaves open
 VARIANTS = {
     "rft, 1/tau 0.2": {"tau": 5.0},
@@ -45,13 +48,6 @@ VARIANTS = {
     "rft, scope batch": {"scope": "batch"},
     "rft, sums": {"reduce": "sum"},
     "rft, not detached": {"detach": "no"},
-}
-FIGURES = {
-    "success, held-in": lambda s: s["success"]["held_in"],
-    "success, held-out": lambda s: s["success"]["held_out"],
-    "reasoning loss, held-in": lambda s: s["losses"]["held_in"]["reasoning"]["loss"],
-    "reasoning loss, held-out": lambda s: s["losses"]["held_out"]["reasoning"]["loss"],
-    "boilerplate loss, held-out": lambda s: s["losses"]["held_out"]["boilerplate"]["loss"],
 }
 
 
@@ -61,13 +57,13 @@ def base():
 
 def make_labels(dataset: Dataset, seed: int, out: str) -> dict:
     """{kind: labels of all output tokens}, as METHODS names them."""
-    labels = {None: None, "regex": regex_labels(dataset)}
+    labels = {"regex": regex_labels(dataset)}
 
-    # SHAD
+    # SHAD; SFT does not use its labels, but reports the losses of their groups
     options = shad.Options(model=reproduce.TOY, data=["toy"], out=os.path.join(out, "labels"),
                            seed=seed, **reproduce.SHAD)
     difference, _ = shad.run(options, dataset, base())
-    labels["shad"] = shad.Labels(difference)
+    labels["shad"] = labels[None] = shad.Labels(difference)
 
     # Rho-1: a reference model, fine-tuned on 1,000 other samples
     def losses(model, title):
@@ -90,6 +86,7 @@ def make_labels(dataset: Dataset, seed: int, out: str) -> dict:
     base_losses = losses(model, "losses of the base model")
     options = dpo.Options(model=reproduce.TOY, data="toy", out=out, lr=1e-4, seed=seed)
     dpo.train_dpo(model, Dataset(pairs, dataset.renderer), options)
+    save_model(model, reproduce.TOY, os.path.join(out, "dpo"))      # for the page
     labels["reward"] = base_losses - losses(model, "losses of the model tuned by DPO")
     return labels
 
@@ -104,6 +101,7 @@ def run_seed(seed: int, out: str) -> None:
     labels = make_labels(dataset, seed, os.path.join(out, str(seed)))
     common = train.Options(model=reproduce.TOY, data=["toy"], seed=seed, **reproduce.TRAINING)
     results = {"base": {"summary": reproduce.evaluate(base(), dataset.renderer, seed)}}
+    start = reproduce.evaluate(base(), dataset.renderer, seed, WATCH_SAMPLES)
     settings = {name: {"method": name} for name in METHODS}
     settings |= {name: {"method": "rft"} | variant for name, variant in VARIANTS.items()}
     for name, setting in settings.items():
@@ -111,52 +109,22 @@ def run_seed(seed: int, out: str) -> None:
         options = replace(common, out=folder, **setting)
         _, kind = METHODS[options.method]
         model = base()
-        metrics = train.train(model, dataset, labels[kind], options)
+        history = {0: start}
+        watch = partial(keep_history, model, dataset.renderer, seed, history)
+        if name in VARIANTS:
+            watch = None
+        metrics = train.train(model, dataset, labels[kind], options, watch)
         summary = reproduce.evaluate(model, dataset.renderer, seed)
         results[name] = {"summary": summary, "metrics": metrics}
+        if watch:
+            results[name]["history"] = history | {len(metrics): summary}
     write_json(path, results)
 
 
-def interval(values) -> str:
-    mean, half = mean_interval(values)
-    return f"{mean:.3f} ± {half:.3f}"
-
-
-def tables(runs: list[dict]) -> tuple[list, list]:
-    """(mean +- 95 % interval of every figure, paired differences to SFT), a row per method."""
-    means = [["", "seeds", *FIGURES]]
-    differences = [["minus SFT", "seeds", *FIGURES]]
-    for name in runs[0]:
-        seeds = [run for run in runs if name in run]        # a setting may be added later
-        row = [name, str(len(seeds))]
-        paired = list(row)
-        for figure in FIGURES.values():
-            values = np.array([figure(run[name]["summary"]) for run in seeds])
-            sft = np.array([figure(run["sft"]["summary"]) for run in seeds])
-            row.append(interval(values))
-            paired.append(interval(values - sft))
-        means.append(row)
-        if name not in ("base", "sft"):
-            differences.append(paired)
-    return means, differences
-
-
-def curves(runs: list[dict]) -> str:
-    """Training losses by group for the methods that have groups, with bands over seeds."""
-    panels = ""
-    for group in ("reasoning", "boilerplate"):
-        series = {}
-        for name in METHODS:
-            losses = np.array([[step[f"loss_{group}"] for step in run[name]["metrics"]]
-                               for run in runs], float)
-            if np.isfinite(losses).all():
-                width = max(1, losses.shape[1] // 25)           # steps per point
-                points = losses.shape[1] // width
-                means = losses[:, :points * width].reshape(len(runs), points, width).mean(-1)
-                series[name] = band(width * np.arange(1, points + 1), means)
-        panels += line_plot(f"{group.capitalize()} tokens", "step", "training loss (nats)", series,
-                            log_y=True)
-    return f'<div class="panels">{panels}</div>'
+def keep_history(model, renderer, seed: int, history: dict, step: int) -> None:
+    """Every WATCH_EVERY steps put an evaluation into history; it takes 2 s."""
+    if step % WATCH_EVERY == 0:
+        history[step] = reproduce.evaluate(model, renderer, seed, WATCH_SAMPLES)
 
 
 def main():
@@ -166,19 +134,17 @@ def main():
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         pool.starmap(run_seed, [(seed, options.out) for seed in seeds], chunksize=1)
     runs = [read_object(os.path.join(options.out, f"{seed}.json")) for seed in seeds]
-    means, differences = tables(runs)
-    write_json(os.path.join(options.out, "methods.json"),
-               {"means": means, "differences": differences})
+    tables = methods_page.tables(runs, VARIANTS)
+    write_json(os.path.join(options.out, "methods.json"), tables)
     command = f"python -m tests.bench.methods --out runs --seeds {options.seeds}"
-    body = report.figure_html(report.table_html(means), "Mean ± 95 % interval over seeds.", command)
-    body += report.figure_html(report.table_html(differences),
-                               "Paired differences to SFT, ± 95 % interval.", command)
-    body += report.figure_html(curves(runs), "Bands are 95 % intervals over seeds.", command)
+    body = methods_page.runs_html(runs, VARIANTS, command)
+    dataset = Dataset(toy_samples(reproduce.SAMPLES, 0), Renderer(reproduce.TOY))
+    folders = [os.path.join(options.out, str(seed)) for seed in seeds]
+    body += methods_page.labels_html(folders, dataset, command)
     report.write_page(os.path.join(options.out, "methods.html"), "All methods on the toy", body)
     measure.print_heading(f"toy: all methods, {options.seeds} seeds")
-    print(measure.table(means[0], means[1:]))
-    print()
-    print(measure.table(differences[0], differences[1:]))
+    for header, *rows in tables.values():
+        print(f"{measure.table(header, rows)}\n")
 
 
 if __name__ == "__main__":
