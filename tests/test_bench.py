@@ -37,3 +37,16 @@ def test_every_row_of_the_gpu_measurement_runs_on_a_cpu(tmp_path):
     assert [row["prompts"] for row in report["decoding"]] == [1, 8, 64]
     assert "native bf16" in report["machine"]["cpu"]
     assert "## decoding" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_training_step_is_compared_with_transformers(tmp_path):
+    pytest.importorskip("transformers")
+    command = [sys.executable, "-m", "tests.bench.train", "--model", "toy", "--data", "toy[:40]",
+               "--steps", "1", "--batch-tokens", "512", "--dtype", "float32"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| transformers | " in done.stdout
+    assert "x transformers" in done.stdout
+    apart = float(done.stdout.split("The losses are at most ")[1].split()[0])
+    assert apart < 1e-5

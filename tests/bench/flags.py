@@ -41,7 +41,10 @@ def trainer(flag: str, path: str, data: list[str], batch_tokens: int, pipe) -> N
     options = train.Options(model=path, data=data, method="sft", micro_tokens=2 * batch_tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     measure.reset_peak()
-    for batch in iter(pipe.recv, None):
+    while True:
+        batch = pipe.recv()
+        if batch is None:
+            return
         start = time.perf_counter()
         train.backward(model, dataset, None, batch, options)
         optimizer.step()

@@ -22,6 +22,8 @@ SHAPES = {
         vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
         num_attention_heads=64, num_key_value_heads=8, head_dim=128),
 }
+SETTINGS = {"1": {}, "1, --shard yes": {"shard": True}, "1, --offload": {"offload": True},
+            "8": {}, "64": {}}
 
 
 @dataclass
@@ -30,15 +32,18 @@ class Options:
 
 
 def memory_per_gpu(config: Config, gpus: int, micro_tokens: int, recompute: bool = False,
-                   device: str = "cuda") -> dict[str, int]:
+                   device: str = "cuda", shard: bool = False, offload: bool = False
+                   ) -> dict[str, int]:
     """Estimate the bytes that a training step with AdamW takes on each of `gpus`, by part.
 
-    More than one GPU: sharded by rows (FSDP2), float32 masters, bf16 compute. One: the whole model,
-    in bf16 autocast on "cuda", in float32 on "cpu". Attention never holds its scores (SDPA's flash
-    kernel), and every token is scored (the others need no last MLP). CUDA's own memory, about
-    1 GiB, and the allocator's slack come on top.
+    More than one GPU, or `shard`: sharded by rows (FSDP2), float32 masters, bf16 compute; with
+    `offload` what is sharded is kept on the host. Else the whole model, in bf16 autocast on "cuda",
+    in float32 on "cpu". Attention never holds its scores (SDPA's flash kernel), and every token is
+    scored (the others need no last MLP). CUDA's own memory, about 1 GiB, and the allocator's slack
+    come on top; before torch 2.10 also a bf16 product of the size of the head.
     """
-    sharded = gpus > 1
+    sharded = shard or offload or gpus > 1
+    kept = 0 if offload else 1 / gpus           # share of the parameters on this GPU
     compute = 2 if device == "cuda" else 4      # bytes per number in matrix products
     stream = compute if sharded else 4          # in the residual stream: autocast keeps it float32
 
@@ -83,9 +88,9 @@ def memory_per_gpu(config: Config, gpus: int, micro_tokens: int, recompute: bool
     if compute < 4:
         chunk += chunk * compute // 4
     return {
-        "weights": 4 * total // gpus,           # float32 masters
-        "gradients": 4 * total // gpus,
-        "optimizer": 8 * total // gpus,         # AdamW's two moments
+        "weights": int(kept * 4 * total),       # float32 masters
+        "gradients": int(kept * 4 * total),
+        "optimizer": int(kept * 8 * total),     # AdamW's two moments
         "gathered": gathered,
         "activations": micro_tokens * (blocks + last_norm),
         "temporaries": micro_tokens * 4 * config.intermediate_size * compute,   # SwiGLU's backward
@@ -104,9 +109,10 @@ def main():
     options = parse_options(Options, __doc__)
     rows = []
     for name, config in SHAPES.items():
-        for gpus in (1, 8, 64):
-            off = memory_per_gpu(config, gpus, options.micro_tokens)
-            on = memory_per_gpu(config, gpus, options.micro_tokens, recompute=True)
+        for gpus, flags in SETTINGS.items():
+            count = int(gpus.split(",")[0])
+            off = memory_per_gpu(config, count, options.micro_tokens, **flags)
+            on = memory_per_gpu(config, count, options.micro_tokens, recompute=True, **flags)
             parts = [cell(off[part], on[part]) for part in off]
             total = cell(sum(off.values()), sum(on.values()), digits=0)
             rows.append([name, gpus, *parts, total])
