@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import shad
 from data import Dataset, Renderer, collate
 from model import Transformer, causal_attention
 from support import distributed
@@ -53,6 +54,22 @@ def test_bf16_moves_losses_and_gradients_of_the_toy_a_little():
     assert 0 < (losses - expected).abs().mean() < 0.03                  # of 4.1 nats
     assert abs((losses - expected).mean()) < 0.01
     assert 0 < (rounded - gradient).norm() / gradient.norm() < 0.05
+
+
+def test_bf16_flips_few_labels_of_the_toy():
+    dataset = Dataset(toy_samples(80, seed=5), Renderer(TOY))
+    options = shad.Options(model=TOY, data=["toy"], out="", lr=1e-3, epochs=3, batch_tokens=1024)
+    is_reasoning = []
+    for dtype in ("float32", "bfloat16"):
+        distributed.use_dtype(dtype, CPU)
+        model = Transformer.from_pretrained(TOY)
+        base = shad.token_losses(model, dataset, 4096, "base")
+        shuffled, drawn = shad.shuffle_outputs(dataset.samples, 0.5, seed=0)
+        shad.tune(model, shad.shuffled_datasets(dataset, drawn, shuffled, options), options)
+        tuned = shad.token_losses(model, dataset, 4096, "tuned")
+        is_reasoning.append(shad.classify(shad.loss_difference(tuned, base)))
+    assert is_reasoning[0].any()
+    assert 0 < (is_reasoning[0] != is_reasoning[1]).mean() < 0.01
 
 
 def test_float32_is_float32_on_any_cpu():
