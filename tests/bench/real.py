@@ -6,9 +6,10 @@
 Data in APIGen's schema. Of the functions offered to a sample those are kept that it calls, and
 --functions more: a small machine would spend most of its time on reading the others. The last
 samples are held out. SHAD labels the rest once; each method then trains as often as there are
-seeds, from the same model, a seed being an order of the batches. "rft, true roles" has the JSON's
-structure for labels in place of SHAD's, which tells the method from its labels. Runs that
-runs/SEED METHOD.json holds already are not made again; runs/SEED METHOD/model is for eval.py.
+seeds, from the same model, a seed being an order of the batches. "rft, by word" takes SHAD's labels
+by word; "rft, true roles" takes the JSON's structure for labels, which tells the method from SHAD.
+Runs that runs/SEED METHOD.json holds already are not made again; runs/SEED METHOD/model is for
+eval.py.
 """
 import json
 import multiprocessing
@@ -35,8 +36,9 @@ from support.records import read_object, read_records
 from support.templates import Renderer
 from tests.bench import measure
 
+BY_WORD = "rft, by word"
 TRUE_ROLES = "rft, true roles"
-NAMES = ["sft", "regex+rft", "alpha", "rft", TRUE_ROLES]
+NAMES = ["sft", "regex+rft", "alpha", "rft", BY_WORD, TRUE_ROLES]
 
 
 @dataclass
@@ -78,11 +80,12 @@ def offer_fewer(record: dict, functions: int, rng: random.Random) -> dict:
 
 def load_data(options: Options) -> tuple[Dataset, Dataset]:
     """(training data, held-out data)."""
-    path = os.path.join(options.out, "data.json")
-    rng = random.Random(0)
-    records = [offer_fewer(record, options.functions, rng)
-               for _, record in read_records(options.data)]
-    write_json(path, records)
+    path = os.path.join(options.out, f"data, {options.functions} others.json")
+    if not os.path.exists(path):
+        rng = random.Random(0)
+        records = [offer_fewer(record, options.functions, rng)
+                   for _, record in read_records(options.data)]
+        write_json(path, records)
     renderer = Renderer(options.model)
     samples = read_samples(path)
     kept = Dataset(samples, renderer, options.max_length).kept
@@ -107,7 +110,10 @@ def labels_for(name: str, dataset: Dataset, options: Options):
         return dataset.true_roles()["reasoning"]
     if name == "regex+rft":
         return regex_labels(dataset)
-    return shad.load_labels(os.path.join(options.out, "labels"), dataset)
+    labels = shad.load_labels(os.path.join(options.out, "labels"), dataset)
+    if name == BY_WORD:
+        labels = shad.Labels(shad.largest_per_word(labels.difference[:], dataset))
+    return labels
 
 
 # --------------------------------------------------------------------------------------------------
