@@ -78,6 +78,9 @@ class Options:
     template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
                                    "tokenizer has its tokens, else plain; raw: the text as it is",
                            choices=["auto", "chatml", "plain", "raw"])
+    native_calls: bool = option(False, "send APIGen's and ShareGPT's calls through the "
+                                       "checkpoint's own chat template, as tool calls; "
+                                       "else they are text (loss)")
     dtype: str = option("auto", "precision of matrix products; auto: bfloat16 where the CPU or GPU "
                                 "multiplies it natively, else float32",
                         choices=["auto", "float32", "bfloat16"])
@@ -487,7 +490,8 @@ def main():
     rank, _ = rank_and_world()
     if options.bench == "loss":
         path = resolve(options.model)
-        dataset = Dataset.load(options.data, path, options.template, options.max_length or 2048)
+        dataset = Dataset.load(options.data, path, options.template, options.max_length or 2048,
+                               options.native_calls)
         labels = load_labels(options.labels, dataset) if options.labels else None
         model = Transformer.from_pretrained(path, device=device)
         limit_threads(model)

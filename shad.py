@@ -391,7 +391,8 @@ def load_labels(path: str, dataset: Dataset, kind="shad"):
     if differing:
         verb = "differs" if len(differing) == 1 else "differ"
         raise DataError(f"{path} does not fit: its {' and '.join(differing)} {verb} from this "
-                        f"run's; run {command} again with the same --data, --model and --template.")
+                        f"run's; run {command} again with the same --data, --model, --template and "
+                        "--native-calls.")
     if len(starts) != len(dataset.output_starts) or starts[0] != 0:
         raise DataError(f"{path} does not fit: it is of {len(starts) - 1} samples, not of "
                         f"{len(dataset.output_counts)}; run {command} again.")

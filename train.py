@@ -484,10 +484,13 @@ def print_result(metrics: list[dict], options: Options) -> None:
                      f"boilerplate {last['loss_boilerplate']:.3f})")
     root = os.path.join(options.out, "checkpoints")
     leftover = f"; {root} is no longer needed" if complete_checkpoints(root) else ""
-    model, out = (shlex.quote(os.path.join(options.out, name)) for name in ("model", "eval"))
+    arguments = ["--model", os.path.join(options.out, "model"), "--data", "HELD_OUT.json",
+                 "--template", options.template,
+                 *(["--native-calls"] if options.native_calls else []),
+                 "--out", os.path.join(options.out, "eval")]
     print(f"\n{text}\nwrote {options.out}/model (a Hugging Face directory) and "
           f"{options.out}/metrics.jsonl{leftover}. Next:\n"
-          f"  python eval.py loss --model {model} --data HELD_OUT.json --out {out}")
+          f"  python eval.py loss {shlex.join(arguments)}")
 
 
 if __name__ == "__main__":

@@ -8,19 +8,23 @@ import signal
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import eval
 from benchmarks import judge_outputs, stabletoolbench, toy, wilson
+from data import Dataset
 from eval import ask_saving, make_responder, read_outputs, single_turn
 from model import Transformer
 from processes import in_float32, launch, wait_until
+from shad import save_labels
 from stable import query
 from support.cli import DataError
 from support.generate import generate
 from support.readers import Message, toy_samples
 from support.templates import Renderer
-from tiny import make_model, read_lines, write
+from test_chat_template import TEMPLATES, make_chat_checkpoint
+from tiny import apigen, make_model, read_lines, write
 
 # with one row of the cache, so that outputs come one by one
 TOY = ["--count", 6, "--max-new-tokens", 24, "--cache-tokens", 150]
@@ -274,6 +278,26 @@ def test_a_judge_sees_no_missing_output():
     assert c["reason"] == "no output"
     assert not b["correct"]
     assert not c["correct"]
+
+
+def test_the_loss_of_calls_in_the_checkpoints_own_form(monkeypatch, tmp_path):
+    directory = make_chat_checkpoint(tmp_path, TEMPLATES["drops earlier reasoning"])
+    make_model(Renderer(directory).tokenizer.get_vocab_size()).save_pretrained(directory)
+    data = write(tmp_path / "data.json", apigen(6))
+    dataset = Dataset.load([data], directory, "auto", 2048, native_calls=True)
+    arguments = ["loss", "--model", directory, "--data", data]
+    main(monkeypatch, *arguments, "--native-calls", "--out", tmp_path / "calls")
+    main(monkeypatch, *arguments, "--out", tmp_path / "text")
+    calls, text = (read_summary(tmp_path / name)["losses"] for name in ("calls", "text"))
+    tokens = calls["all"]["tokens"]
+    assert tokens == dataset.output_starts[-1] != text["all"]["tokens"]
+
+    # labels of the one are none of the other
+    save_labels(tmp_path, np.zeros(tokens), dataset, {"threshold": 0.0})
+    labelled = [*arguments, "--labels", tmp_path]
+    main(monkeypatch, *labelled, "--native-calls", "--out", tmp_path / "labelled")
+    with pytest.raises(DataError, match="data and template differ .* --native-calls"):
+        main(monkeypatch, *labelled, "--out", tmp_path / "refused")
 
 
 # --------------------------------------------------------------------------------------------------
