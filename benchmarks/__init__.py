@@ -9,10 +9,14 @@ One with several turns per item, like StableToolBench, also has its own `run`, `
 and `judge_outputs`.
 """
 import math
+import warnings
 from dataclasses import dataclass
 
 from support.cli import DataError
 from support.readers import Message, read_records
+
+# Python's parser warns about odd escapes and numbers in what a model wrote, and quotes them
+warnings.filterwarnings("ignore", module="<unknown>")
 
 
 @dataclass
@@ -25,7 +29,8 @@ class Item:
 
 
 # what a broken record of a benchmark's own data can raise, and how its verdict's reason begins
-RECORD_FAULTS = (KeyError, IndexError, TypeError, AttributeError, ValueError, SyntaxError)
+RECORD_FAULTS = (KeyError, IndexError, TypeError, AttributeError, ValueError, SyntaxError,
+                 OverflowError, RecursionError)
 DATA_FAULT = "fault of the benchmark's own record:"
 # the reasons of verdicts on what was not answered
 NO_OUTPUT = "no output"
