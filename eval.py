@@ -310,7 +310,7 @@ def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
         settings = {"bench": options.bench, "model": checkpoint_fingerprint(path),
                     "tokenizer": renderer.fingerprint,
                     "prompts": fingerprint([(i.id, renderer.prompt(i.messages)) for i in items]),
-                    **generation}
+                    **renderer.dated, **generation}
         outputs = generate_outputs(bench, model, renderer, items, options, settings)
         if is_toy:
             summary["losses"] = toy_losses(
