@@ -180,12 +180,13 @@ def ask_saving(items: list[Item], folder: str, settings: dict, run) -> dict:
     barrier()                                           # every rank has read before any writes
     mine = [item for item in items if item.id not in done][rank::world]
     bar = tqdm(total=len(mine), desc="generate", unit="item", disable=rank > 0)
-    with bar, open_log(os.path.join(folder, f"outputs.{rank}.jsonl"), settings) as log:
+    path = os.path.join(folder, f"outputs.{rank}.jsonl")
+    begin_log(path, settings)
+    with bar:
         for item, output in run(mine):
             bar.update()
-            with writing(log.name):
+            with writing(path), open(path, "a", encoding="utf-8") as log:
                 log.write(json.dumps({"id": item.id, "output": output}) + "\n")
-                log.flush()
     barrier()
     return read_outputs(folder, settings)
 
@@ -222,17 +223,16 @@ def read_outputs(folder: str, settings: dict) -> dict:
     return outputs
 
 
-def open_log(path: str, settings: dict):
-    """The file to append to, without an incomplete last line; its first line is the settings."""
-    with writing(path):
-        with open(path, "ab+") as log:
-            log.seek(0)
-            log.truncate(log.read().rfind(b"\n") + 1)
-        log = open(path, "a", encoding="utf-8")     # noqa: SIM115  (the caller closes it)
-        if not log.tell():
-            log.write(json.dumps(settings) + "\n")
-            log.flush()
-    return log
+def begin_log(path: str, settings: dict) -> None:
+    """Make a file that outputs are appended to; its first line is the settings.
+
+    One that is there is kept, but for an incomplete last line.
+    """
+    with writing(path), open(path, "ab+") as log:
+        log.seek(0)
+        log.truncate(log.read().rfind(b"\n") + 1)
+        if not log.seek(0, os.SEEK_END):
+            log.write(json.dumps(settings).encode() + b"\n")
 
 
 # --------------------------------------------------------------------------------------------------

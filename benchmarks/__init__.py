@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from support.cli import DataError
 from support.readers import Message, read_records
+from support.records import reading
 
 # Python's parser warns about odd escapes and numbers in what a model wrote, and quotes them
 warnings.filterwarnings("ignore", module="<unknown>")
@@ -45,20 +46,14 @@ def data_faults(verdicts: list[dict]) -> list[str]:
 def read_predictions(path: str) -> dict[str, str]:
     """{item id: output} of a file of {"id", "output"} lines made elsewhere."""
     outputs = {}
-    try:
-        for where, record in read_records(path):
+    for where, record in read_records(path):
+        with reading(where, 'every line must be {"id": ..., "output": "text"}'):
             name = str(record["id"])
-            output = record["output"]
-            if not isinstance(output, str):
-                raise TypeError
+            if not isinstance(record["output"], str):
+                raise TypeError("its output is no text")
             if name in outputs:
-                raise DataError(f"{where}: the id {name!r} was there before; "
-                                "keep one output per item.")
-            outputs[name] = output
-    except DataError:
-        raise
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise DataError(f'{path}: every line must be {{"id": ..., "output": "text"}}.') from None
+                raise DataError(f"the id {name!r} was there before; keep one output per item.")
+            outputs[name] = record["output"]
     return outputs
 
 

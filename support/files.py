@@ -64,6 +64,8 @@ def claim(folder: str, names, maker: str, create: bool = True) -> None:
     create=False: only look, if no run has taken it before. Raises DataError where one of `names` is
     there and `maker` has not made it, and where another run is writing to the folder now.
     """
+    if not os.path.isdir(folder) and (os.path.lexists(folder) or not folder):
+        raise DataError(f"{folder!r} is no folder; choose another --out.")
     known = read_marker(folder)
     for name in names:
         for path in (os.path.join(folder, name), os.path.join(folder, name + ".tmp")):
@@ -187,6 +189,7 @@ def damaged_file(folder: str) -> str | None:
         with open(os.path.join(folder, CHECKSUMS), encoding="utf-8") as file:
             expected = json.load(file)
         found = checksums(folder)
-        return next((name for name in expected if found.get(name) != expected[name]), None)
+        differing = (name for name in expected if found.get(name) != expected[name])
+        return next(differing, None if expected else CHECKSUMS)
     except (OSError, ValueError, TypeError, RecursionError):
         return CHECKSUMS

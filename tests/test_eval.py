@@ -4,6 +4,7 @@ The toy is asked, of a tiny random checkpoint.
 """
 import json
 import os
+import resource
 import signal
 import sys
 from types import SimpleNamespace
@@ -226,8 +227,8 @@ def test_intervals_are_those_of_newcombe_s_table(correct, asked, low, high):
 
 @pytest.mark.parametrize("text, sentence", [
     ('{"id": "a", "output": null}', "output"),
-    ('{"output": "x"}', "every line"),
-    ("[1, 2]", "every line"),
+    ('{"id": "a", "output": "x"}\n{"output": "x"}', "line 2 lacks 'id'.*every line"),
+    ("[1, 2]", "record 1 does .*every line"),
     ('{"id": "a", "output": "x"}\n{"id": "a", "output": "y"}', "line 2: the id 'a'"),
     ('{"id": "a", "output"', "line 1"),
     ('{"id": "a", "output": ' + "9" * 5000 + "}", "line 1: not JSON .*digits"),
@@ -236,6 +237,21 @@ def test_broken_predictions_are_refused(monkeypatch, tmp_path, text, sentence):
     with pytest.raises(DataError, match=sentence) as e:
         main(monkeypatch, "toy", "--predictions", write(tmp_path / "p.jsonl", text))
     assert "p.jsonl" in str(e.value)
+
+
+def test_a_full_disk_names_the_file_of_outputs(tmp_path):
+    def run(mine):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, limit))
+        for item in mine:
+            yield item, "x" * 90
+
+    _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(DataError, match="outputs.0.jsonl could not be written .File too large"):
+        try:
+            ask_saving(toy.items(3, 1), str(tmp_path), {}, run)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    assert len(read_outputs(str(tmp_path), {})) == 1        # what was whole is kept
 
 
 def test_a_benchmark_with_an_id_twice_is_refused(monkeypatch):

@@ -82,7 +82,9 @@ def test_under_torchrun_the_sentence_is_said_once(work, tmp_path):
 @pytest.mark.parametrize("environment, named", [
     ({"WORLD_SIZE": "2"}, "no RANK or MASTER_ADDR"), ({"RANK": "0"}, "no WORLD_SIZE"),
     ({"WORLD_SIZE": "x", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
-     "WORLD_SIZE=x")])
+     "WORLD_SIZE=x"),
+    ({"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+     "a rank beyond the last.*RANK=5, WORLD_SIZE=2")])
 def test_variables_of_torchrun_that_are_half_set_are_named(monkeypatch, environment, named):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
