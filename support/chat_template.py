@@ -72,7 +72,9 @@ class ChatTemplate:
         arguments = {"tools": tools, "documents": None, **self.variables,
                      "add_generation_prompt": add_generation_prompt}
         try:
-            return self.templates[name].render(messages=turns, **arguments)
+            text = self.templates[name].render(messages=turns, **arguments)
+            text.encode()           # it may write half a character, which no tokenizer takes
+            return text
         except Exception as e:      # the template's own, or of any operation it tries on the turns
             reason = " ".join(str(e).split()) or type(e).__name__
         # Some templates need a content, which a turn of tool calls may lack.
@@ -210,7 +212,8 @@ def template_texts(directory: str, config: dict) -> dict[str, str]:
                 texts = {"default": texts}
             elif isinstance(texts, list):
                 texts = {entry["name"]: entry["template"] for entry in texts}
-            texts = {name: "" + text for name, text in texts.items()}   # TypeError if it is no text
+            # TypeError if it is no text
+            texts = {"" + name: "" + text for name, text in texts.items()}
     if texts and "default" not in texts:
         raise DataError(f"{directory} has chat templates named {', '.join(texts)} and no default; "
                         f"{COPY_AGAIN}, {OR_ELSE}.")

@@ -498,6 +498,7 @@ def test_broken_templates_are_named(tmp_path, template, said):
     "{{ 1 + 'a' }}",
     "{{ messages[0].content | unknown }}",
     "{% for i in range(10 ** 9) %}{% endfor %}",
+    "{{ messages[0].content }}{{ '\\ud83d' }}",
 ])
 def test_the_sandbox_holds(tmp_path, template):
     directory = make_chat_checkpoint(tmp_path, template)
@@ -508,6 +509,7 @@ def test_the_sandbox_holds(tmp_path, template):
 @pytest.mark.parametrize("config, said", [
     ({"chat_template": [{"name": "tool_use", "template": "x"}]}, "tool_use and no default"),
     ({"chat_template": [{"template": "x"}]}, "'name'"),
+    ({"chat_template": [{"name": 1, "template": "x"}]}, "tokenizer_config.json"),
     ({"chat_template": {"default": 3}}, "tokenizer_config.json"),
     ([], "no JSON object"),
     ("{", "not JSON"),
