@@ -144,6 +144,8 @@ class Dataset:
         self.lengths = np.diff(starts)
         self.output_counts = np.diff(self.output_starts)
         self.kept = np.flatnonzero(self.lengths)
+        if not len(self.samples):
+            raise DataError("the data holds no samples.")
         if not len(self.kept):
             raise DataError(f"all {len(self.samples)} samples are longer than {max_length} tokens; "
                             "raise --max-length.")

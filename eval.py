@@ -210,9 +210,11 @@ def read_outputs(folder: str, settings: dict) -> dict:
                 record = json.loads(line)
                 if n == 1:
                     differing = [key for key in settings if record.get(key) != settings[key]]
+                elif not isinstance(record["output"], (str, list, type(None))):
+                    raise TypeError
                 else:
                     outputs[record["id"]] = record["output"]
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 rest = " and the rest" if n == 1 else ""
                 raise DataError(f"{path}, line {n}, is damaged; remove it{rest}, "
                                 "to ask again.") from None

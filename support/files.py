@@ -66,6 +66,9 @@ def claim(folder: str, names, maker: str, create: bool = True) -> None:
     """
     if not os.path.isdir(folder) and (os.path.lexists(folder) or not folder):
         raise DataError(f"{folder!r} is no folder; choose another --out.")
+    marker = os.path.join(folder, MARKER)
+    if os.path.islink(marker):
+        raise DataError(f"{marker} is a link, so not made here; move it away.")
     known = read_marker(folder)
     for name in names:
         for path in (os.path.join(folder, name), os.path.join(folder, name + ".tmp")):
@@ -77,7 +80,6 @@ def claim(folder: str, names, maker: str, create: bool = True) -> None:
                                 "choose another --out, or move it away.")
             raise DataError(f"{path} was made by another run ({made_by}); "
                             "choose another --out, or remove it.")
-    marker = os.path.join(folder, MARKER)
     if not create and not os.path.exists(marker):
         return
     with writing(marker):

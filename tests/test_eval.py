@@ -118,9 +118,10 @@ def test_outputs_made_with_other_settings_are_refused(speaker, alone, tmp_path):
         ask({"model": "a", "prompts": "c"})
     with pytest.raises(DataError, match="model, prompts differ"):
         read_outputs(str(tmp_path), {"model": "c", "prompts": "d"})
-    file.write_text('{"model": "a", "prompts": "b"}\nnull\n')
-    with pytest.raises(DataError, match="outputs.0.jsonl, line 2, is damaged"):
-        ask({"model": "a", "prompts": "b"})
+    for line in ("null", '{"id": "a", "output": 5}', "[" * 9999, '{"id": [], "output": ""}'):
+        file.write_text('{"model": "a", "prompts": "b"}\n' + line + "\n")
+        with pytest.raises(DataError, match="outputs.0.jsonl, line 2, is damaged"):
+            ask({"model": "a", "prompts": "b"})
     file.write_text('{"model": "a"')        # cut short in its first line: as if never begun
     assert ask({"model": "a", "prompts": "b"}) == alone
 

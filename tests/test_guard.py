@@ -59,6 +59,14 @@ def test_what_can_be_no_folder_is_refused_before_any_work(monkeypatch, tmp_path,
     assert sorted(os.listdir()) == ["dangling", "file", "loop"]
 
 
+def test_a_marker_that_is_a_link_is_not_followed(tmp_path):
+    write(tmp_path / "theirs", "theirs")
+    os.symlink("theirs", tmp_path / files.MARKER)
+    with pytest.raises(DataError, match="is a link"):
+        files.claim(str(tmp_path), ["model"], "train.py")
+    assert (tmp_path / "theirs").read_text() == "theirs"
+
+
 def test_other_files_in_the_same_folder_do_not_matter(work, tmp_path):
     write(tmp_path / "notes.txt", "the user's")
     code, text = call(work, *training(work, tmp_path, "--method", "sft"))
