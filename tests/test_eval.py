@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -280,6 +281,15 @@ def test_no_output_breaks_the_judge_of_the_toy(arguments):
     verdict = toy.judge(item, f'Action: f\nAction Input: {{"a": {arguments}}}')
     assert verdict["correct"] is False
     assert json.dumps(verdict).encode()
+
+
+@pytest.mark.parametrize("unit", ["Action:", "Action: ", "Action: a\nAction Input: {"])
+def test_the_judge_of_the_toy_takes_no_long_output(unit):
+    item = toy.items(1, 1)[0]
+    for length in (10_000, 1_000_000):
+        start = time.process_time()
+        assert not toy.judge(item, unit * (length // len(unit)))["correct"]
+        assert time.process_time() - start < 0.5
 
 
 def test_a_judge_sees_no_missing_output():
