@@ -12,6 +12,7 @@ carry loss. To see what is trained on:
     python data.py --model DIR_OR_HUB_ID --data train.json --json     # all ids, one line per sample
 """
 import contextlib
+import datetime
 import hashlib
 import io
 import itertools
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 
 from model import CheckpointError, resolve
+from support.chat_template import DATE
 from support.cli import DataError, option, parse_options, run_script
 from support.distributed import rank_and_world
 from support.files import damaged_file, lock, make_folder, remove_folder, write_checksums
@@ -125,7 +127,7 @@ class Dataset:
                 streams["texts"].write(text)
                 streams["index"].write(ends)
         fingerprint = {"data": digest.hexdigest(), "tokenizer": renderer.fingerprint,
-                       "template": renderer.template}
+                       "template": renderer.template, **renderer.dated}
         return {"dropped": dropped, "notes": notes, "fingerprint": fingerprint}
 
     def _attach(self, arrays, info, renderer, max_length):
@@ -142,6 +144,8 @@ class Dataset:
         self.lengths = np.diff(starts)
         self.output_counts = np.diff(self.output_starts)
         self.kept = np.flatnonzero(self.lengths)
+        if not len(self.samples):
+            raise DataError("the data holds no samples.")
         if not len(self.kept):
             raise DataError(f"all {len(self.samples)} samples are longer than {max_length} tokens; "
                             "raise --max-length.")
@@ -152,7 +156,8 @@ class Dataset:
 
         They are rendered once, into files under ~/.cache/shad-rft (or $XDG_CACHE_HOME), and found
         there again as long as data files, tokenizer, template and max_length are the same, and made
-        again where they are damaged. Several processes may call this at once: one works, the others
+        again where they are damaged. A chat template that prints the date keeps that of the day on
+        which they were rendered. Several processes may call this at once: one works, the others
         wait. Where nothing can be written there, the samples are held in memory.
         """
         renderer = Renderer(model_directory, template, native_calls)
@@ -182,6 +187,8 @@ class Dataset:
             path = os.path.join(directory, name)
             empty = os.path.getsize(path) == 0          # an empty file cannot be mapped
             arrays[name] = np.zeros(0, dtype) if empty else np.memmap(path, dtype, "r")
+        if DATE in info["fingerprint"]:                 # what else this run renders has the same
+            renderer.chat_template.day = datetime.date.fromisoformat(info["fingerprint"][DATE])
         dataset = cls.__new__(cls)
         dataset._attach(arrays, info, renderer, max_length)
         return dataset
@@ -222,6 +229,8 @@ class Dataset:
         text = (f"{len(self.kept):,} samples, {tokens:,} tokens, "
                 f"{outputs:,} of them output ({outputs / tokens:.0%}); "
                 f"template {self.renderer.template}")
+        if DATE in self.fingerprint:
+            text += f"; {DATE}: {self.fingerprint[DATE]}"
         if self.dropped:
             text += f"; {self.dropped:,} longer than {self.max_length} tokens dropped"
         for note, count in self.notes.items():
@@ -236,7 +245,8 @@ def cache_directory(paths, files, renderer, max_length) -> str:
         state = os.stat(file)
         states.append((os.path.abspath(path), state.st_size, state.st_mtime_ns))
     key = json.dumps([4, states, renderer.fingerprint, renderer.template, renderer.bos,
-                      renderer.vocab_size, renderer.end, max_length])
+                      renderer.vocab_size, renderer.end, max_length,
+                      os.environ.get("SHAD_RFT_DATE")])
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(cache, "shad-rft", hashlib.sha256(key.encode()).hexdigest()[:16])
 

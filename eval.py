@@ -78,6 +78,9 @@ class Options:
     template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
                                    "tokenizer has its tokens, else plain; raw: the text as it is",
                            choices=["auto", "chatml", "plain", "raw"])
+    native_calls: bool = option(False, "send APIGen's and ShareGPT's calls through the "
+                                       "checkpoint's own chat template, as tool calls; "
+                                       "else they are text (loss)")
     dtype: str = option("auto", "precision of matrix products; auto: bfloat16 where the CPU or GPU "
                                 "multiplies it natively, else float32",
                         choices=["auto", "float32", "bfloat16"])
@@ -177,12 +180,13 @@ def ask_saving(items: list[Item], folder: str, settings: dict, run) -> dict:
     barrier()                                           # every rank has read before any writes
     mine = [item for item in items if item.id not in done][rank::world]
     bar = tqdm(total=len(mine), desc="generate", unit="item", disable=rank > 0)
-    with bar, open_log(os.path.join(folder, f"outputs.{rank}.jsonl"), settings) as log:
+    path = os.path.join(folder, f"outputs.{rank}.jsonl")
+    begin_log(path, settings)
+    with bar:
         for item, output in run(mine):
             bar.update()
-            with writing(log.name):
+            with writing(path), open(path, "a", encoding="utf-8") as log:
                 log.write(json.dumps({"id": item.id, "output": output}) + "\n")
-                log.flush()
     barrier()
     return read_outputs(folder, settings)
 
@@ -206,9 +210,11 @@ def read_outputs(folder: str, settings: dict) -> dict:
                 record = json.loads(line)
                 if n == 1:
                     differing = [key for key in settings if record.get(key) != settings[key]]
+                elif not isinstance(record["output"], (str, list, type(None))):
+                    raise TypeError
                 else:
                     outputs[record["id"]] = record["output"]
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 rest = " and the rest" if n == 1 else ""
                 raise DataError(f"{path}, line {n}, is damaged; remove it{rest}, "
                                 "to ask again.") from None
@@ -219,17 +225,16 @@ def read_outputs(folder: str, settings: dict) -> dict:
     return outputs
 
 
-def open_log(path: str, settings: dict):
-    """The file to append to, without an incomplete last line; its first line is the settings."""
-    with writing(path):
-        with open(path, "ab+") as log:
-            log.seek(0)
-            log.truncate(log.read().rfind(b"\n") + 1)
-        log = open(path, "a", encoding="utf-8")     # noqa: SIM115  (the caller closes it)
-        if not log.tell():
-            log.write(json.dumps(settings) + "\n")
-            log.flush()
-    return log
+def begin_log(path: str, settings: dict) -> None:
+    """Make a file that outputs are appended to; its first line is the settings.
+
+    One that is there is kept, but for an incomplete last line.
+    """
+    with writing(path), open(path, "ab+") as log:
+        log.seek(0)
+        log.truncate(log.read().rfind(b"\n") + 1)
+        if not log.seek(0, os.SEEK_END):
+            log.write(json.dumps(settings).encode() + b"\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,7 +312,7 @@ def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
         settings = {"bench": options.bench, "model": checkpoint_fingerprint(path),
                     "tokenizer": renderer.fingerprint,
                     "prompts": fingerprint([(i.id, renderer.prompt(i.messages)) for i in items]),
-                    **generation}
+                    **renderer.dated, **generation}
         outputs = generate_outputs(bench, model, renderer, items, options, settings)
         if is_toy:
             summary["losses"] = toy_losses(
@@ -487,7 +492,8 @@ def main():
     rank, _ = rank_and_world()
     if options.bench == "loss":
         path = resolve(options.model)
-        dataset = Dataset.load(options.data, path, options.template, options.max_length or 2048)
+        dataset = Dataset.load(options.data, path, options.template, options.max_length or 2048,
+                               options.native_calls)
         labels = load_labels(options.labels, dataset) if options.labels else None
         model = Transformer.from_pretrained(path, device=device)
         limit_threads(model)

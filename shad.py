@@ -18,6 +18,7 @@ Ye et al. 2024 (arXiv 2412.14780), three steps:
 """
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -391,7 +392,8 @@ def load_labels(path: str, dataset: Dataset, kind="shad"):
     if differing:
         verb = "differs" if len(differing) == 1 else "differ"
         raise DataError(f"{path} does not fit: its {' and '.join(differing)} {verb} from this "
-                        f"run's; run {command} again with the same --data, --model and --template.")
+                        f"run's; run {command} again with the same --data, --model, --template and "
+                        "--native-calls.")
     if len(starts) != len(dataset.output_starts) or starts[0] != 0:
         raise DataError(f"{path} does not fit: it is of {len(starts) - 1} samples, not of "
                         f"{len(dataset.output_counts)}; run {command} again.")
@@ -503,6 +505,7 @@ def check_tuning(model, dataset: Dataset, drawn, tuned_losses, options: Options)
     Compares its mean loss, in nats, on the outputs of at most 32 samples that were not drawn: with
     their own inputs, of which tuned_losses has the losses (only rank 0 is given them), and shuffled
     among each other. Returns {"check": the figures}, or {} on other ranks and below 2 such samples.
+    Raises DataError for a model that has lost all that it knew.
     """
     rest = np.setdiff1d(dataset.kept, drawn)
     left_out = np.random.default_rng(options.seed).permutation(rest)[:32]
@@ -511,10 +514,13 @@ def check_tuning(model, dataset: Dataset, drawn, tuned_losses, options: Options)
     shuffled, _ = shuffle_outputs(dataset.samples.select(left_out), 1.0, options.seed)
     swapped = Dataset(shuffled, dataset.renderer, 2 * dataset.max_length)
     losses = token_losses(model, swapped, options.micro_tokens, "losses with wrong inputs")
+    wrong = float(losses.mean())
+    if wrong > 2 * math.log(model.config.vocab_size):
+        raise DataError(f"the tuned model's loss is {wrong:.2f} nats, twice that of a blind guess; "
+                        f"lower --lr, and remove {options.out}/parts.")
     if tuned_losses is None:
         return {}
     right = float(tuned_losses[tokens_of(left_out, dataset)].mean())
-    wrong = float(losses.mean())
     return {"check": {"samples": len(left_out), "loss_right_input": right,
                       "loss_wrong_input": wrong, "uses_input": uses_input(right, wrong)}}
 

@@ -312,7 +312,7 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
     on_rank_0(claim, options.out, FILES, "train.py")
     batches = plan_batches(dataset, options)
     optimizer = make_optimizer(model, options)
-    settings = run_settings(dataset, labels, options)
+    settings = run_settings(model, dataset, labels, options)
     grouped = labels is not None and has_groups(labels)
     first = load_checkpoint(options.out, model, optimizer, settings) if options.resume else 0
     metrics = []
@@ -370,9 +370,10 @@ def exit_stopped(step: int, steps: int, options: Options) -> None:
     sys.exit(0)
 
 
-def run_settings(dataset: Dataset, labels, options: Options) -> dict:
-    """What --resume must find unchanged: options, and hashes of the data and of the labels."""
+def run_settings(model: Transformer, dataset: Dataset, labels, options: Options) -> dict:
+    """What --resume must find unchanged: options, config, hashes of the data and of the labels."""
     settings = {k: v for k, v in asdict(options).items() if k not in MAY_CHANGE}
+    settings["config"] = {k: v for k, v in asdict(model.config).items() if k != "extra"}
     settings |= dataset.fingerprint
     if labels is not None:
         settings["labels"] = hashlib.sha256(labels[:]).hexdigest()
@@ -484,10 +485,13 @@ def print_result(metrics: list[dict], options: Options) -> None:
                      f"boilerplate {last['loss_boilerplate']:.3f})")
     root = os.path.join(options.out, "checkpoints")
     leftover = f"; {root} is no longer needed" if complete_checkpoints(root) else ""
-    model, out = (shlex.quote(os.path.join(options.out, name)) for name in ("model", "eval"))
+    arguments = ["--model", os.path.join(options.out, "model"), "--data", "HELD_OUT.json",
+                 "--template", options.template,
+                 *(["--native-calls"] if options.native_calls else []),
+                 "--out", os.path.join(options.out, "eval")]
     print(f"\n{text}\nwrote {options.out}/model (a Hugging Face directory) and "
           f"{options.out}/metrics.jsonl{leftover}. Next:\n"
-          f"  python eval.py loss --model {model} --data HELD_OUT.json --out {out}")
+          f"  python eval.py loss {shlex.join(arguments)}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from support.checkpoints import save_model
 from support.cli import DataError, option, parse_options, run_script
 from support.files import claim
 from support.readers import read_record, read_records, split_slice
+from support.records import reading
 from support.templates import Renderer
 
 
@@ -56,7 +57,7 @@ def read_pairs(path: str):
     """Yield two samples per record of a file: the prompt with its chosen answer, then rejected."""
     name, first, last = split_slice(path)
     for where, record in itertools.islice(read_records(name), first, last):
-        try:
+        with reading(where, 'a pair is {"messages" or "prompt", "chosen", "rejected"}'):
             prompt = record.get("messages") or record["prompt"]
             if isinstance(prompt, str):
                 prompt = [{"role": "user", "content": prompt}]
@@ -66,9 +67,6 @@ def read_pairs(path: str):
                 for message in sample.messages[:-1]:
                     message.scored = False
                 yield sample
-        except (KeyError, TypeError, AttributeError, ValueError) as e:
-            raise DataError(f'{where} is no pair ({e!r}); expected {{"messages" or "prompt", '
-                            '"chosen", "rejected"}.') from None
 
 
 def backward(model, dataset: Dataset, batch, lengths, reference, options: Options):

@@ -9,10 +9,15 @@ One with several turns per item, like StableToolBench, also has its own `run`, `
 and `judge_outputs`.
 """
 import math
+import warnings
 from dataclasses import dataclass
 
 from support.cli import DataError
 from support.readers import Message, read_records
+from support.records import reading
+
+# Python's parser warns about odd escapes and numbers in what a model wrote, and quotes them
+warnings.filterwarnings("ignore", module="<unknown>")
 
 
 @dataclass
@@ -25,7 +30,8 @@ class Item:
 
 
 # what a broken record of a benchmark's own data can raise, and how its verdict's reason begins
-RECORD_FAULTS = (KeyError, IndexError, TypeError, AttributeError, ValueError, SyntaxError)
+RECORD_FAULTS = (KeyError, IndexError, TypeError, AttributeError, ValueError, SyntaxError,
+                 OverflowError, RecursionError)
 DATA_FAULT = "fault of the benchmark's own record:"
 # the reasons of verdicts on what was not answered
 NO_OUTPUT = "no output"
@@ -40,20 +46,14 @@ def data_faults(verdicts: list[dict]) -> list[str]:
 def read_predictions(path: str) -> dict[str, str]:
     """{item id: output} of a file of {"id", "output"} lines made elsewhere."""
     outputs = {}
-    try:
-        for where, record in read_records(path):
+    for where, record in read_records(path):
+        with reading(where, 'every line must be {"id": ..., "output": "text"}'):
             name = str(record["id"])
-            output = record["output"]
-            if not isinstance(output, str):
-                raise TypeError
+            if not isinstance(record["output"], str):
+                raise TypeError("its output is no text")
             if name in outputs:
-                raise DataError(f"{where}: the id {name!r} was there before; "
-                                "keep one output per item.")
-            outputs[name] = output
-    except DataError:
-        raise
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise DataError(f'{path}: every line must be {{"id": ..., "output": "text"}}.') from None
+                raise DataError(f"the id {name!r} was there before; keep one output per item.")
+            outputs[name] = record["output"]
     return outputs
 
 

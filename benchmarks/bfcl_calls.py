@@ -3,7 +3,6 @@ import ast
 import json
 import operator
 import re
-import warnings
 from typing import NamedTuple
 
 from benchmarks.native_calls import native_calls
@@ -58,9 +57,7 @@ def json_calls(content) -> list[tuple[str, dict]]:
 
 def python_calls(text: str) -> list[tuple[str, dict]]:
     """The calls of a Python list. Positional arguments are ignored, as upstream ignores them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")         # about invalid escapes in the model's strings
-        body = ast.parse(text, mode="eval").body
+    body = ast.parse(text, mode="eval").body
     if not isinstance(body, ast.List) or not all(isinstance(e, ast.Call) for e in body.elts):
         raise ValueError("not a list of calls")
     return [python_call(call) for call in body.elts]

@@ -6,6 +6,7 @@ from benchmarks import Item
 from support.readers import toy_samples
 
 MAX_NEW_TOKENS = 96
+MAX_CHARACTERS = 10_000     # of an output; the pattern's time grows with the square of its length
 
 
 def items(count: int, seed: int) -> list[Item]:
@@ -23,6 +24,8 @@ def parse_call(text: str):
 
     Raises ValueError, saying what is missing.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"longer than {MAX_CHARACTERS:,} characters")
     match = re.search(r"Action: *(\S+)\s+Action Input: *(\{.*\})", text, re.DOTALL)
     if not match:
         raise ValueError("no 'Action: ... Action Input: {...}'")

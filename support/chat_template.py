@@ -26,6 +26,9 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 # this character out of all texts.
 BREAK = "\ufdd0"
 
+# What labels, checkpoints and outputs are known by besides, where the template prints the date.
+DATE = "date in the chat template (SHAD_RFT_DATE sets it)"
+
 # What is said of a sample that is not rendered as one would think.
 REWRITTEN = "the chat template rewrites earlier turns, which are therefore not scored"
 NOT_A_PREFIX = "the whole conversation does not begin with the tokens of its prompt"
@@ -50,9 +53,16 @@ class ChatTemplate:
                 self.variables[name] = str(token)
         content = json.dumps([texts, self.variables])
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
-        self.templates = compiled(directory, texts)
+        self.day = today()          # one for the whole run, even beyond midnight
+        self.prints_day = False
+        self.templates = compiled(directory, texts, self.strftime_now)
         longest_first = sorted((t for t in special_tokens if len(t) > 1), key=len, reverse=True)
         self.special_token = re.compile("|".join(map(re.escape, longest_first)) or r"\Z.")
+
+    def strftime_now(self, format: str) -> str:
+        """What a template asks for the date; one that asks for the time is given midnight."""
+        self.prints_day = True
+        return self.day.strftime(format)
 
     def write(self, turns: list[dict], tools=None, add_generation_prompt=False) -> str:
         """What transformers' apply_chat_template(tokenize=False) gives. Raises DataError for a
@@ -62,7 +72,9 @@ class ChatTemplate:
         arguments = {"tools": tools, "documents": None, **self.variables,
                      "add_generation_prompt": add_generation_prompt}
         try:
-            return self.templates[name].render(messages=turns, **arguments)
+            text = self.templates[name].render(messages=turns, **arguments)
+            text.encode()           # it may write half a character, which no tokenizer takes
+            return text
         except Exception as e:      # the template's own, or of any operation it tries on the turns
             reason = " ".join(str(e).split()) or type(e).__name__
         # Some templates need a content, which a turn of tool calls may lack.
@@ -156,6 +168,13 @@ def turn_of(message: Message) -> dict:
     return message.turn or {"role": message.role, "content": message.text}
 
 
+def today() -> datetime.date:
+    """The day of this run: that of SHAD_RFT_DATE in the environment, or the current one."""
+    current = datetime.date.today().isoformat()
+    with reading("SHAD_RFT_DATE in the environment", "give a day such as 2026-07-01, or unset it"):
+        return datetime.date.fromisoformat(os.environ.get("SHAD_RFT_DATE") or current)
+
+
 def has_names(text: str, functions: list[dict]) -> bool:
     """Whether a text names all functions of some tools, or of some tool calls."""
     names = [function.get("function", function).get("name", "") for function in functions]
@@ -193,7 +212,8 @@ def template_texts(directory: str, config: dict) -> dict[str, str]:
                 texts = {"default": texts}
             elif isinstance(texts, list):
                 texts = {entry["name"]: entry["template"] for entry in texts}
-            texts = {name: "" + text for name, text in texts.items()}   # TypeError if it is no text
+            # TypeError if it is no text
+            texts = {"" + name: "" + text for name, text in texts.items()}
     if texts and "default" not in texts:
         raise DataError(f"{directory} has chat templates named {', '.join(texts)} and no default; "
                         f"{COPY_AGAIN}, {OR_ELSE}.")
@@ -202,12 +222,12 @@ def template_texts(directory: str, config: dict) -> dict[str, str]:
     return texts
 
 
-def compiled(directory: str, texts: dict[str, str]) -> dict:
+def compiled(directory: str, texts: dict[str, str], strftime_now) -> dict:
     """{name: jinja template}."""
     try:
         version = re.findall(r"\d+", importlib.metadata.version("jinja2"))
         is_safe = tuple(map(int, version)) >= OLDEST_SAFE_JINJA2
-        environment = sandbox() if is_safe else None
+        environment = sandbox(strftime_now) if is_safe else None
     except ImportError:
         is_safe = False
     if not is_safe:
@@ -221,7 +241,7 @@ def compiled(directory: str, texts: dict[str, str]) -> dict:
                         f"{COPY_AGAIN}, {OR_ELSE}.") from None
 
 
-def sandbox():
+def sandbox(strftime_now):
     """What transformers runs templates in: they can neither call Python nor change their input."""
     import jinja2.ext  # here, since only a chat template needs it
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -237,9 +257,6 @@ def sandbox():
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
-
-    def strftime_now(format):
-        return datetime.datetime.now().strftime(format)
 
     def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         """jinja's own would escape HTML."""

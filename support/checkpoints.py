@@ -181,6 +181,8 @@ def load_checkpoint(out: str, model, optimizer, settings: dict) -> int:
             raise ValueError(f"{damaged} is damaged")
         with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
             saved = json.load(file)
+        if f"step-{saved['step']:08}" != names[-1]:
+            raise ValueError(f"its state.json is of step {saved['step']}")
         keys = settings.keys() | saved["run"].keys()
         differing = sorted(key for key in keys if settings.get(key) != saved["run"].get(key))
         if differing:

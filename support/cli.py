@@ -72,6 +72,9 @@ def run_script(main, *expected: type[Exception]) -> None:
     script = os.path.basename(sys.argv[0])
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:      # closed: else the next open file would take its place
+            setattr(sys, name, open(os.devnull, "r+"))      # noqa: SIM115 (open to the end)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")   # for characters that a terminal lacks
     try:

@@ -32,6 +32,8 @@ def init_distributed(dtype: str | None = None) -> torch.device:
         torch.cuda.set_device(device)
     if world != "1":
         try:
+            if int(os.environ["RANK"]) >= int(world):
+                raise ValueError("a rank beyond the last")
             init_process_group(device)
         except (ValueError, RuntimeError) as e:
             settings = ", ".join(f"{name}={os.environ[name]}" for name in needed)

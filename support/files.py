@@ -64,6 +64,11 @@ def claim(folder: str, names, maker: str, create: bool = True) -> None:
     create=False: only look, if no run has taken it before. Raises DataError where one of `names` is
     there and `maker` has not made it, and where another run is writing to the folder now.
     """
+    if not os.path.isdir(folder) and (os.path.lexists(folder) or not folder):
+        raise DataError(f"{folder!r} is no folder; choose another --out.")
+    marker = os.path.join(folder, MARKER)
+    if os.path.islink(marker):
+        raise DataError(f"{marker} is a link, so not made here; move it away.")
     known = read_marker(folder)
     for name in names:
         for path in (os.path.join(folder, name), os.path.join(folder, name + ".tmp")):
@@ -75,7 +80,6 @@ def claim(folder: str, names, maker: str, create: bool = True) -> None:
                                 "choose another --out, or move it away.")
             raise DataError(f"{path} was made by another run ({made_by}); "
                             "choose another --out, or remove it.")
-    marker = os.path.join(folder, MARKER)
     if not create and not os.path.exists(marker):
         return
     with writing(marker):
@@ -187,6 +191,7 @@ def damaged_file(folder: str) -> str | None:
         with open(os.path.join(folder, CHECKSUMS), encoding="utf-8") as file:
             expected = json.load(file)
         found = checksums(folder)
-        return next((name for name in expected if found.get(name) != expected[name]), None)
+        differing = (name for name in expected if found.get(name) != expected[name])
+        return next(differing, None if expected else CHECKSUMS)
     except (OSError, ValueError, TypeError, RecursionError):
         return CHECKSUMS

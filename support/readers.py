@@ -140,7 +140,7 @@ def read_record(record: dict, index: int, native_calls: bool = False) -> Sample:
     for message in messages:
         if not isinstance(message.text, str):
             kind = type(message.text).__name__
-            raise DataError(f"a {message.role} text is a {kind}, not a string.")
+            raise DataError(f"the {message.role}'s text is of type {kind}, not a string.")
     sample = Sample(name, messages, tools)
     check_characters(sample)
     return sample

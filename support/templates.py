@@ -7,7 +7,7 @@ import shutil
 
 from tokenizers import Tokenizer, processors
 
-from support.chat_template import BREAK, NOT_A_PREFIX, ChatTemplate, has_chat_template
+from support.chat_template import BREAK, DATE, NOT_A_PREFIX, ChatTemplate, has_chat_template
 from support.cli import DataError
 from support.readers import SPAN_ROLES, Message, Sample
 from support.records import COPY_AGAIN, read_settings, read_text, reading
@@ -44,6 +44,12 @@ class Renderer:
             if not self.chat_template or not self.chat_template.writes_calls():
                 raise DataError(f"{directory} has no chat template that writes tool calls; "
                                 "leave out --native-calls.")
+
+    @property
+    def dated(self) -> dict:
+        """{DATE: the day} where the checkpoint's own template has printed it, else {}."""
+        own = self.chat_template
+        return {DATE: own.day.isoformat()} if own and own.prints_day else {}
 
     def load_files(self) -> None:
         """The tokenizer, and the settings of the checkpoint that have to do with tokens."""

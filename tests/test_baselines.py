@@ -198,10 +198,11 @@ def test_only_the_last_answer_of_a_pair_is_scored(chatml, pairs):
 
 @pytest.mark.parametrize("record", [
     {"prompt": "a", "chosen": "b"}, {"chosen": "a", "rejected": "b"}, ["a"],
-    {"prompt": 3, "chosen": "a", "rejected": "b"}])
+    {"prompt": 3, "chosen": "a", "rejected": "b"}, {"prompt": "a", "chosen": 5, "rejected": "b"},
+    {"prompt": "\ud83d", "chosen": "a", "rejected": "b"}])
 def test_a_record_that_is_no_pair_is_named(tmp_path, record):
     file = write(tmp_path / "pairs.json", [{"prompt": "a", "chosen": "b", "rejected": "c"}, record])
-    with pytest.raises(DataError, match="pairs.json, record 2 is no pair"):
+    with pytest.raises(DataError, match="pairs.json, record 2( .*; a pair is|: )"):
         list(read_pairs(file))
 
 

@@ -1,12 +1,16 @@
 """The checkpoint's own chat template: transformers' ids, the mask of outputs, what is refused."""
+import datetime
 import glob
 import json
 import os
+import shutil
 import sys
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, processors
 
+import shad
 from data import Dataset
 from support.chat_template import LEFT_OUT, NOT_A_PREFIX, REWRITTEN, turn_of
 from support.cli import DataError
@@ -386,6 +390,67 @@ def test_native_calls_need_a_template_that_writes_them(tmp_path, chatml):
 
 
 # --------------------------------------------------------------------------------------------------
+# Templates that print the date
+
+@pytest.fixture
+def dated(monkeypatch, tmp_path):
+    """load(day) gives a dataset as a run on that day would have it, and the file of its data."""
+    name = "generation block, date, loop controls"
+    directory = make_chat_checkpoint(tmp_path, TEMPLATES[name])
+    path = write(tmp_path / "data.json", apigen(3))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def load(day):
+        today = datetime.date.fromisoformat(day)
+        monkeypatch.setattr("support.chat_template.today", lambda: today)
+        return Dataset.load([path], directory, "auto", 2048)
+
+    return load
+
+
+def texts(dataset):
+    return [dataset.renderer.tokenizer.decode(ids) for ids in dataset.ids]
+
+
+def test_rendered_samples_keep_their_date(dated):
+    before = dated("2026-11-09")
+    assert "Today is 09 Nov 2026." in texts(before)[0]
+    assert "2026-11-09" in before.describe()
+    after = dated("2026-11-10")
+    assert texts(after) == texts(before)
+    assert after.fingerprint == before.fingerprint
+    # what is shuffled, then, has it too
+    assert texts(Dataset(after.samples, after.renderer)) == texts(before)
+
+
+def test_labels_of_another_date_are_refused(monkeypatch, tmp_path, dated):
+    before = dated("2026-11-09")
+    shad.save_labels(tmp_path, np.zeros(before.output_starts[-1]), before, {"threshold": 0.0})
+    shutil.rmtree(tmp_path / "shad-rft")
+    after = dated("2026-11-10")
+    assert "Today is 10 Nov 2026." in texts(after)[0]
+    with pytest.raises(DataError, match="its date in the chat template .SHAD_RFT_DATE sets it."):
+        shad.load_labels(str(tmp_path), after)
+
+    # with the date as it was they fit again
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("SHAD_RFT_DATE", "2026-11-09")
+    again = Dataset.load([str(tmp_path / "data.json")], str(tmp_path), "auto", 2048)
+    assert texts(again) == texts(before)
+    shad.load_labels(str(tmp_path), again)
+    monkeypatch.setenv("SHAD_RFT_DATE", "yesterday")
+    with pytest.raises(DataError, match="SHAD_RFT_DATE in the environment .*'yesterday'"):
+        Renderer(str(tmp_path))
+
+
+def test_other_templates_have_no_date(tmp_path, chatml):
+    for directory in (make_chat_checkpoint(tmp_path, TEMPLATES["no special tokens"]), chatml):
+        dataset = Dataset([as_sample("more")], Renderer(directory))
+        assert dataset.fingerprint.keys() == {"data", "tokenizer", "template"}
+
+
+# --------------------------------------------------------------------------------------------------
 # Choices and refusals
 
 def test_auto_takes_the_checkpoints_own_template(tmp_path, chatml):
@@ -433,6 +498,7 @@ def test_broken_templates_are_named(tmp_path, template, said):
     "{{ 1 + 'a' }}",
     "{{ messages[0].content | unknown }}",
     "{% for i in range(10 ** 9) %}{% endfor %}",
+    "{{ messages[0].content }}{{ '\\ud83d' }}",
 ])
 def test_the_sandbox_holds(tmp_path, template):
     directory = make_chat_checkpoint(tmp_path, template)
@@ -443,6 +509,7 @@ def test_the_sandbox_holds(tmp_path, template):
 @pytest.mark.parametrize("config, said", [
     ({"chat_template": [{"name": "tool_use", "template": "x"}]}, "tool_use and no default"),
     ({"chat_template": [{"template": "x"}]}, "'name'"),
+    ({"chat_template": [{"name": 1, "template": "x"}]}, "tokenizer_config.json"),
     ({"chat_template": {"default": 3}}, "tokenizer_config.json"),
     ([], "no JSON object"),
     ("{", "not JSON"),

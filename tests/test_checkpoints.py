@@ -312,6 +312,10 @@ def test_a_resumed_run_must_be_the_same_run(work, unfinished):
     assert_refused(resume(work, unfinished, "--lr", 1, "--epochs", 3), "another epochs and lr")
     write(work / "other.json", apigen(25))
     assert_refused(resume(work, unfinished, "--data", work / "other.json"), "another data")
+    shutil.copytree(work / "model", work / "other")
+    config = json.loads((work / "other" / "config.json").read_text())
+    write(work / "other" / "config.json", config | {"rms_norm_eps": 0.1})
+    assert_refused(resume(work, unfinished, "--model", work / "other"), "another config")
 
 
 def test_an_unfinished_run_is_not_overwritten(work, unfinished):

@@ -167,6 +167,14 @@ def test_a_damaged_checkpoint_of_any_kind_is_refused(work, unfinished, tmp_path,
         return                              # it ends in a newline
     with pytest.raises(DataError, match=f"{folder} cannot be read.*; remove it"):
         checkpoints.load_checkpoint(str(tmp_path), model, optimizer, {"seed": 0})
+    # a checkpoint under another's name, and checksums of nothing
+    if (file, kind) == ("state.json", "empty"):
+        (folder / file).write_text('{"step": 3, "run": {"seed": 0}}')
+        files.write_checksums(str(folder))
+        with pytest.raises(DataError, match="state.json is of step 3"):
+            checkpoints.load_checkpoint(str(tmp_path), model, optimizer, {"seed": 0})
+        (folder / files.CHECKSUMS).write_text("{}")
+        assert files.damaged_file(str(folder)) == files.CHECKSUMS
     # the same without the checksums: an exception that is no Exception
     if file == "__0_0.distcp" and kind == "zeros":
         files.write_checksums(str(folder))

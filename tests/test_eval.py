@@ -4,23 +4,29 @@ The toy is asked, of a tiny random checkpoint.
 """
 import json
 import os
+import resource
 import signal
 import sys
+import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import eval
 from benchmarks import judge_outputs, stabletoolbench, toy, wilson
+from data import Dataset
 from eval import ask_saving, make_responder, read_outputs, single_turn
 from model import Transformer
 from processes import in_float32, launch, wait_until
+from shad import save_labels
 from stable import query
 from support.cli import DataError
 from support.generate import generate
 from support.readers import Message, toy_samples
 from support.templates import Renderer
-from tiny import make_model, read_lines, write
+from test_chat_template import TEMPLATES, make_chat_checkpoint
+from tiny import apigen, make_model, read_lines, write
 
 # with one row of the cache, so that outputs come one by one
 TOY = ["--count", 6, "--max-new-tokens", 24, "--cache-tokens", 150]
@@ -113,9 +119,10 @@ def test_outputs_made_with_other_settings_are_refused(speaker, alone, tmp_path):
         ask({"model": "a", "prompts": "c"})
     with pytest.raises(DataError, match="model, prompts differ"):
         read_outputs(str(tmp_path), {"model": "c", "prompts": "d"})
-    file.write_text('{"model": "a", "prompts": "b"}\nnull\n')
-    with pytest.raises(DataError, match="outputs.0.jsonl, line 2, is damaged"):
-        ask({"model": "a", "prompts": "b"})
+    for line in ("null", '{"id": "a", "output": 5}', "[" * 9999, '{"id": [], "output": ""}'):
+        file.write_text('{"model": "a", "prompts": "b"}\n' + line + "\n")
+        with pytest.raises(DataError, match="outputs.0.jsonl, line 2, is damaged"):
+            ask({"model": "a", "prompts": "b"})
     file.write_text('{"model": "a"')        # cut short in its first line: as if never begun
     assert ask({"model": "a", "prompts": "b"}) == alone
 
@@ -222,8 +229,8 @@ def test_intervals_are_those_of_newcombe_s_table(correct, asked, low, high):
 
 @pytest.mark.parametrize("text, sentence", [
     ('{"id": "a", "output": null}', "output"),
-    ('{"output": "x"}', "every line"),
-    ("[1, 2]", "every line"),
+    ('{"id": "a", "output": "x"}\n{"output": "x"}', "line 2 lacks 'id'.*every line"),
+    ("[1, 2]", "record 1 does .*every line"),
     ('{"id": "a", "output": "x"}\n{"id": "a", "output": "y"}', "line 2: the id 'a'"),
     ('{"id": "a", "output"', "line 1"),
     ('{"id": "a", "output": ' + "9" * 5000 + "}", "line 1: not JSON .*digits"),
@@ -232,6 +239,21 @@ def test_broken_predictions_are_refused(monkeypatch, tmp_path, text, sentence):
     with pytest.raises(DataError, match=sentence) as e:
         main(monkeypatch, "toy", "--predictions", write(tmp_path / "p.jsonl", text))
     assert "p.jsonl" in str(e.value)
+
+
+def test_a_full_disk_names_the_file_of_outputs(tmp_path):
+    def run(mine):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, limit))
+        for item in mine:
+            yield item, "x" * 90
+
+    _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(DataError, match="outputs.0.jsonl could not be written .File too large"):
+        try:
+            ask_saving(toy.items(3, 1), str(tmp_path), {}, run)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    assert len(read_outputs(str(tmp_path), {})) == 1        # what was whole is kept
 
 
 def test_a_benchmark_with_an_id_twice_is_refused(monkeypatch):
@@ -261,6 +283,15 @@ def test_no_output_breaks_the_judge_of_the_toy(arguments):
     assert json.dumps(verdict).encode()
 
 
+@pytest.mark.parametrize("unit", ["Action:", "Action: ", "Action: a\nAction Input: {"])
+def test_the_judge_of_the_toy_takes_no_long_output(unit):
+    item = toy.items(1, 1)[0]
+    for length in (10_000, 1_000_000):
+        start = time.process_time()
+        assert not toy.judge(item, unit * (length // len(unit)))["correct"]
+        assert time.process_time() - start < 0.5
+
+
 def test_a_judge_sees_no_missing_output():
     def judge(item, output):
         return {"correct": output == item.reference, "reason": "judged", "score": 0.5}
@@ -274,6 +305,26 @@ def test_a_judge_sees_no_missing_output():
     assert c["reason"] == "no output"
     assert not b["correct"]
     assert not c["correct"]
+
+
+def test_the_loss_of_calls_in_the_checkpoints_own_form(monkeypatch, tmp_path):
+    directory = make_chat_checkpoint(tmp_path, TEMPLATES["drops earlier reasoning"])
+    make_model(Renderer(directory).tokenizer.get_vocab_size()).save_pretrained(directory)
+    data = write(tmp_path / "data.json", apigen(6))
+    dataset = Dataset.load([data], directory, "auto", 2048, native_calls=True)
+    arguments = ["loss", "--model", directory, "--data", data]
+    main(monkeypatch, *arguments, "--native-calls", "--out", tmp_path / "calls")
+    main(monkeypatch, *arguments, "--out", tmp_path / "text")
+    calls, text = (read_summary(tmp_path / name)["losses"] for name in ("calls", "text"))
+    tokens = calls["all"]["tokens"]
+    assert tokens == dataset.output_starts[-1] != text["all"]["tokens"]
+
+    # labels of the one are none of the other
+    save_labels(tmp_path, np.zeros(tokens), dataset, {"threshold": 0.0})
+    labelled = [*arguments, "--labels", tmp_path]
+    main(monkeypatch, *labelled, "--native-calls", "--out", tmp_path / "labelled")
+    with pytest.raises(DataError, match="data and template differ .* --native-calls"):
+        main(monkeypatch, *labelled, "--out", tmp_path / "refused")
 
 
 # --------------------------------------------------------------------------------------------------

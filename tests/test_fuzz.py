@@ -38,15 +38,15 @@ RECORDS = {"apigen": apigen(3), "messages": [MESSAGES], "sharegpt": [SHAREGPT, S
            "toolbench": [TOOLBENCH] * 3}
 
 
-def mutated_bytes(content: bytes, rng) -> bytes:
+def mutated_bytes(content: bytes, rng, odd=ODD_BYTES) -> bytes:
     """One to three odd things put somewhere, or pieces cut out or doubled."""
     for _ in range(rng.randint(1, 3)):
         a, b = sorted(rng.randint(0, len(content)) for _ in range(2))
         kind = rng.random()
         if kind < 0.5:
-            content = content[:a] + rng.choice(ODD_BYTES) + content[a:]
+            content = content[:a] + rng.choice(odd) + content[a:]
         elif kind < 0.7:
-            content = content[:a] + rng.choice(ODD_BYTES) + content[a + 1:]
+            content = content[:a] + rng.choice(odd) + content[a + 1:]
         elif kind < 0.9:
             content = content[:a] + content[a + (b - a) // 8:]
         else:

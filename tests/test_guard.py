@@ -48,6 +48,25 @@ def test_what_a_script_did_not_make_stays_and_is_named(work, tmp_path, script, n
     assert content(tmp_path) == before
 
 
+@pytest.mark.parametrize("out", ["", "file", "file/below", "loop", "dangling"])
+def test_what_can_be_no_folder_is_refused_before_any_work(monkeypatch, tmp_path, out):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "file", "theirs")
+    os.symlink("loop", "loop")
+    os.symlink("nowhere", "dangling")
+    with pytest.raises(DataError, match=f"'{out}' is no folder|could not be written"):
+        files.claim(out, ["model"], "train.py", create=out == "file/below")
+    assert sorted(os.listdir()) == ["dangling", "file", "loop"]
+
+
+def test_a_marker_that_is_a_link_is_not_followed(tmp_path):
+    write(tmp_path / "theirs", "theirs")
+    os.symlink("theirs", tmp_path / files.MARKER)
+    with pytest.raises(DataError, match="is a link"):
+        files.claim(str(tmp_path), ["model"], "train.py")
+    assert (tmp_path / "theirs").read_text() == "theirs"
+
+
 def test_other_files_in_the_same_folder_do_not_matter(work, tmp_path):
     write(tmp_path / "notes.txt", "the user's")
     code, text = call(work, *training(work, tmp_path, "--method", "sft"))

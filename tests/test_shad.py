@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import shad
 from data import Dataset
 from model import Transformer
+from support.cli import DataError
 from support.label_report import output_pieces
 from support.readers import toy_samples
 from support.templates import Renderer
@@ -117,6 +118,12 @@ def test_a_model_that_was_not_tuned_still_uses_its_input(tmp_path, capsys):
     assert check["loss_wrong_input"] > 1.2 * check["loss_right_input"]
     assert check["uses_input"]
     assert "raise --lr or --shuffle" in capsys.readouterr().out
+
+
+def test_a_model_that_was_tuned_to_pieces_is_refused(tmp_path):
+    with pytest.raises(DataError, match="nats, twice that of a blind guess; lower --lr"):
+        tune_on_the_toy(tmp_path, shuffle=20, lr=10.0, epochs=1)
+    assert not (tmp_path / "labels.safetensors").exists()
 
 
 def test_a_model_that_was_tuned_hard_no_longer_does(tmp_path, capsys):

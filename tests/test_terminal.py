@@ -1,5 +1,6 @@
 """Flags, terminals, signals, and the environment: each oddity is one sentence, said once."""
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -60,6 +61,22 @@ def test_a_terminal_that_lacks_a_character_gets_another():
     assert run_python(code, PYTHONIOENCODING="ascii") == (2, "-c: sample \\x1b[1m \\xe9 \\ud83d\n")
 
 
+@pytest.mark.parametrize("closed", [[1], [2], [0, 1, 2]])
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path, closed):
+    path = tmp_path / "file"
+    code = ("import os\nfrom support.cli import *\ndef main():\n"
+            f"    file = open({str(path)!r}, 'w')\n"
+            "    print('out')\n    print('error', file=sys.stderr)\n    os.write(2, b'native')\n"
+            "    file.write('own')\n    raise DataError('refused')\nrun_script(main)")
+    numbers = " ".join(f"{number}>&-" for number in closed)
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(code)} {numbers}"
+    process = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stdout == ("" if 1 in closed else "out\n")
+    assert "Traceback" not in process.stderr
+    assert path.read_text() == "own"
+
+
 def test_rank_0_speaks_for_all_and_another_only_when_it_is_alone():
     code = "from support.cli import *\ndef main():\n    raise DataError('no')\nrun_script(main)"
     began = time.perf_counter()
@@ -82,7 +99,9 @@ def test_under_torchrun_the_sentence_is_said_once(work, tmp_path):
 @pytest.mark.parametrize("environment, named", [
     ({"WORLD_SIZE": "2"}, "no RANK or MASTER_ADDR"), ({"RANK": "0"}, "no WORLD_SIZE"),
     ({"WORLD_SIZE": "x", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
-     "WORLD_SIZE=x")])
+     "WORLD_SIZE=x"),
+    ({"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
+     "a rank beyond the last.*RANK=5, WORLD_SIZE=2")])
 def test_variables_of_torchrun_that_are_half_set_are_named(monkeypatch, environment, named):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
