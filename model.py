@@ -72,7 +72,7 @@ class Config:
     extra: dict = field(default_factory=dict)   # the rest of config.json, carried through unchanged
 
     def __post_init__(self):
-        if self.model_type not in ARCHITECTURES:
+        if self.model_type not in [*ARCHITECTURES]:
             raise CheckpointError(f"model_type {self.model_type!r} is not supported; "
                                   f"this file implements {', '.join(ARCHITECTURES)}.")
         numbers = [(key, getattr(self, key), *LIMITS[key]) for key in LIMITS]
@@ -96,6 +96,10 @@ class Config:
     def from_hf(cls, hf: dict) -> "Config":
         """A parsed config.json. Raises CheckpointError for what this file does not implement."""
         hf = dict(hf)
+        for key, kind in (("rope_parameters", dict), ("rope_scaling", dict), ("layer_types", list)):
+            if not isinstance(hf.get(key) or kind(), kind):
+                raise CheckpointError(f"{key}={hf[key]!r} in config.json: it must be a "
+                                      f"{kind.__name__}.")
         # transformers 5 writes rope_parameters, 4 rope_theta and rope_scaling
         rope = dict(hf.pop("rope_parameters", None) or hf.pop("rope_scaling", None) or {})
         rope_type = rope.get("rope_type", rope.pop("type", "default"))

@@ -79,6 +79,10 @@ def run_script(main, *expected: type[Exception]) -> None:
         stream.reconfigure(errors="backslashreplace")   # for characters that a terminal lacks
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:                 # `| head` has seen enough; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)                       # as a shell reports SIGPIPE
     except (DataError, OSError, *expected) as e:
         leave(f"{script}: {e}", 2)
     except RuntimeError as e:

@@ -70,8 +70,8 @@ ODD = [None, True, False, -1, 0, 3, 1.5, 10**30, math.nan, math.inf, "", "many",
     ("sliding_window", 0, "sliding_window=0"), ("torch_dtype", "int8", "torch_dtype='int8'"),
     ("dtype", "float8_e4m3fn", "'float32' or 'bfloat16'"),
     ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}, "low_freq_factor=None"),
-    ("rope_scaling", "llama3", "sequence"), ("rope_scaling", [1], "sequence"),
-    ("layer_types", 7, "not iterable"), ("model_type", ["llama"], "unhashable")])
+    ("rope_scaling", "llama3", "must be a dict"), ("rope_scaling", [1], "must be a dict"),
+    ("layer_types", 7, "must be a list"), ("model_type", ["llama"], "not supported")])
 def test_a_value_that_no_model_has_is_refused(saved, key, value, said):
     change_config(saved, **{key: value})
     refuse(saved, said)

@@ -77,6 +77,15 @@ def test_no_file_takes_the_place_of_a_closed_stream(tmp_path, closed):
     assert path.read_text() == "own"
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} data.py --model toy --data 'toy[:400]' --json"
+    script = f"{command} | head -c 60 > /dev/null; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 141
+    assert "Broken pipe" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_rank_0_speaks_for_all_and_another_only_when_it_is_alone():
     code = "from support.cli import *\ndef main():\n    raise DataError('no')\nrun_script(main)"
     began = time.perf_counter()
