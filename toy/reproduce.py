@@ -86,7 +86,7 @@ def reproduce(out: str = "out", seed: int = 0) -> dict:
         model=TOY, data=["toy"], out=os.path.join(out, "labels"), seed=seed, **SHAD)
     difference, shad_summary = shad.run(options, dataset, base())
 
-    # both methods side by side, on one core each; several ranks must take the same turns
+    # both methods side by side, on one core each; but several ranks must take the same turns
     stop = threading.Event()
 
     def train_by(method):
@@ -94,9 +94,10 @@ def reproduce(out: str = "out", seed: int = 0) -> dict:
         return train_method(method, dataset, labels, os.path.join(out, method), seed, base(), stop)
 
     methods = ("sft", "rft")
-    with ThreadPoolExecutor(1 if world > 1 else len(methods)) as pool:
+    with ThreadPoolExecutor(len(methods)) as pool:
+        run = map if world > 1 else pool.map
         try:
-            trained = list(pool.map(train_by, methods))
+            trained = list(run(train_by, methods))
         except BaseException:           # Ctrl-C, or an error in one: the other ends after its step
             stop.set()
             raise
