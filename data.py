@@ -31,7 +31,7 @@ import torch
 
 from model import CheckpointError, resolve
 from support.chat_template import DATE
-from support.cli import DataError, option, parse_options, run_script
+from support.cli import HELP, DataError, option, parse_options, run_script
 from support.distributed import rank_and_world
 from support.files import damaged_file, lock, make_folder, remove_folder, write_checksums
 from support.readers import Message, Sample, split_slice, stream_samples
@@ -343,12 +343,8 @@ class Options:
     show: int = option(3, "samples to print")
     json: bool = option(False, "print one line per sample instead: id, token ids, and which of "
                                "them are output")
-    template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
-                                   "tokenizer has its tokens, else plain",
-                           choices=["auto", "chatml", "plain"])
-    native_calls: bool = option(False, "send APIGen's and ShareGPT's calls through the "
-                                       "checkpoint's own chat template, as tool calls; "
-                                       "else they are text")
+    template: str = option("auto", HELP["template"], choices=["auto", "chatml", "plain"])
+    native_calls: bool = option(False, HELP["native_calls"])
     max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
 
 

@@ -38,7 +38,7 @@ from benchmarks import Item, count_verdicts, judge_outputs, read_predictions, to
 from data import Dataset
 from model import CheckpointError, Transformer, checkpoint_files, resolve
 from shad import load_labels, token_losses
-from support.cli import DataError, option, parse_options, printable, run_script
+from support.cli import HELP, DataError, option, parse_options, printable, run_script
 from support.distributed import (
     barrier,
     init_distributed,
@@ -75,15 +75,10 @@ class Options:
     labels: str = option(None, "labels of shad.py for the same data (loss)")
     count: int = option(200, "toy samples of each kind, held-in and held-out", low=1)
     micro_tokens: int = option(4096, "tokens per forward, padding included (loss)", low=1)
-    template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
-                                   "tokenizer has its tokens, else plain; raw: the text as it is",
+    template: str = option("auto", HELP["template"] + "; raw: the text as it is",
                            choices=["auto", "chatml", "plain", "raw"])
-    native_calls: bool = option(False, "send APIGen's and ShareGPT's calls through the "
-                                       "checkpoint's own chat template, as tool calls; "
-                                       "else they are text (loss)")
-    dtype: str = option("auto", "precision of matrix products; auto: bfloat16 where the CPU or GPU "
-                                "multiplies it natively, else float32",
-                        choices=["auto", "float32", "bfloat16"])
+    native_calls: bool = option(False, HELP["native_calls"] + " (loss)")
+    dtype: str = option("auto", HELP["dtype"], choices=["auto", "float32", "bfloat16"])
     seed: int = option(1, "seed of the toy samples; train.py's are made with others")
     # T-Eval and Nexus
     language: str = option("en", "language of T-Eval's files", choices=["en", "zh"])

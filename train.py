@@ -49,7 +49,7 @@ from support.checkpoints import (
     stop_after_this_step,
     told_to_stop,
 )
-from support.cli import DataError, option, parse_options, run_script
+from support.cli import HELP, DataError, option, parse_options, run_script
 from support.distributed import (
     all_reduce_gradients,
     barrier,
@@ -100,15 +100,9 @@ class Options:
     batch_tokens: int = option(8192, "tokens per global batch", low=1)
     micro_tokens: int = option(4096, "tokens per forward on one rank, padding included", low=1)
     max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
-    template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
-                                   "tokenizer has its tokens, else plain",
-                           choices=["auto", "chatml", "plain"])
-    native_calls: bool = option(False, "send APIGen's and ShareGPT's calls through the "
-                                       "checkpoint's own chat template, as tool calls; "
-                                       "else they are text")
-    dtype: str = option("auto", "precision of matrix products; auto: bfloat16 where the CPU or GPU "
-                                "multiplies it natively, else float32",
-                        choices=["auto", "float32", "bfloat16"])
+    template: str = option("auto", HELP["template"], choices=["auto", "chatml", "plain"])
+    native_calls: bool = option(False, HELP["native_calls"])
+    dtype: str = option("auto", HELP["dtype"], choices=["auto", "float32", "bfloat16"])
     seed: int = option(0, "seed of the batch order")
     # scale and safety
     checkpoint_every: int = option(500, "steps between checkpoints in OUT/checkpoints; 0: only "
