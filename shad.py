@@ -17,7 +17,6 @@ Ye et al. 2024 (arXiv 2412.14780), three steps:
                LD > 0: reasoning, tied to it.
 """
 import itertools
-import json
 import math
 import os
 import random
@@ -33,8 +32,6 @@ if __name__ == "__main__":      # Ctrl-C while torch is imported ends it without
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.numpy import save
 from tqdm import tqdm
 
 from data import Dataset, collate, epoch_batches, micro_batches
@@ -54,8 +51,10 @@ from support.distributed import (
     shard_model,
     sum_over_ranks,
 )
-from support.export import export_labels
-from support.files import claim, damaged_file, release, remove_folder, replacing, write_json
+from support.export import claim_export, export_labels
+from support.files import claim, damaged_file, release, remove_folder, write_json
+from support.label_file import read_labels
+from support.label_file import save_labels as save_labels  # shad.save_labels is public
 from support.label_report import format_summary, labels_page, output_pieces, summarize
 from support.parts import (
     load_part,
@@ -317,18 +316,12 @@ def classify(loss_difference, threshold: float = 0.0):
     return loss_difference > threshold
 
 
-# What labels may be of each output token: the name of the array, and the command that makes it.
-KINDS = {"shad": ("loss_difference", "shad.py"),
-         "reference": ("loss", "python -m baselines.reference"),
-         "reward": ("reward", "python -m baselines.reference --minus")}
-
-
 @dataclass
 class Labels:
     """SHAD's labels; labels[a:b], (b - a,) bool, is True for the reasoning tokens among a to b.
 
     difference: LD of all output tokens, float32 in data order: an array, or a slice of a file that
-    is read where it is asked for. The threshold is applied when the labels are read.
+    is read only where it is asked for. The threshold is applied when the labels are read.
     """
     difference: np.ndarray
     threshold: float = 0.0
@@ -337,64 +330,14 @@ class Labels:
         return classify(self.difference[tokens], self.threshold)
 
 
-def save_labels(directory, values, dataset: Dataset, made_from: dict, kind="shad") -> None:
-    """Write labels.safetensors.
-
-    values: (output tokens,) in data order, kept as float32 under the name that the kind has in
-    KINDS. offsets: (samples + 1,) int64, where the output tokens of each sample begin. made_from:
-    what else is kept, with what the data is known by, as metadata.
-    """
-    metadata = {"shad": json.dumps(dataset.fingerprint | made_from)}
-    name, _ = KINDS[kind]
-    arrays = {name: values.astype(np.float32),
-              "offsets": dataset.output_starts.astype(np.int64)}
-    with replacing(os.path.join(directory, "labels.safetensors"), "wb") as file:
-        file.write(save(arrays, metadata))
-
-
 def load_labels(path: str, dataset: Dataset, kind="shad"):
-    """The labels of a file or of the directory it lies in; values are read as they are asked for.
+    """The labels in a file, or in the directory that holds it.
 
     kind "shad": a Labels. "reference" and "reward": values[a:b], (b - a,) float32, are the
-    reference model's losses or the rewards of the output tokens a to b. Raises DataError, naming
-    what differs, when they are of another kind, or not made from this data with this tokenizer and
-    template.
+    reference model's losses, or the rewards, of the output tokens a to b. Raises DataError, naming
+    what differs, for labels of another kind, or of other data, another tokenizer or template.
     """
-    name, command = KINDS[kind]
-    if os.path.isdir(path):
-        path = os.path.join(path, "labels.safetensors")
-    try:
-        file = safe_open(path, framework="numpy")
-        made_from = json.loads(file.metadata()["shad"])
-        [found] = set(file.keys()) - {"offsets"}
-        values = file.get_slice(found)
-        starts = file.get_tensor("offsets")
-        if starts.ndim != 1 or starts.dtype != np.int64:
-            raise ValueError("offsets is not one row of int64")
-        if values.get_dtype() != "F32" or values.get_shape() != [starts[-1]]:
-            raise ValueError(f"{found} is not float32 of as many tokens as offsets say")
-        threshold = float(made_from["threshold"]) if found == "loss_difference" else 0.0
-        if not np.isfinite(threshold) or not np.isfinite(values[:]).all():
-            raise ValueError("not all of it is finite")
-    except Exception as e:                      # safetensors raises its own type, and others
-        raise DataError(f"{path} cannot be read as labels ({type(e).__name__}: {e}); "
-                        f"make it with {command}.") from None
-    if found != name:
-        raise DataError(f"{path} holds {found} per token where {name} is needed; "
-                        f"make it with {command}.")
-    differing = [k for k, value in dataset.fingerprint.items() if made_from.get(k) != value]
-    if differing:
-        verb = "differs" if len(differing) == 1 else "differ"
-        raise DataError(f"{path} does not fit: its {' and '.join(differing)} {verb} from this "
-                        f"run's; run {command} again with the same --data, --model, --template and "
-                        "--native-calls.")
-    if len(starts) != len(dataset.output_starts) or starts[0] != 0:
-        raise DataError(f"{path} does not fit: it is of {len(starts) - 1} samples, not of "
-                        f"{len(dataset.output_counts)}; run {command} again.")
-    if not np.array_equal(starts, dataset.output_starts):
-        i = int(np.flatnonzero(np.diff(starts) != dataset.output_counts)[0])
-        raise DataError(f"{path} does not fit: sample {dataset.samples[i].id!r} is in only one of "
-                        f"the two; use the --max-length that {command} was run with.")
+    values, threshold = read_labels(path, dataset, kind)
     return Labels(values, threshold) if kind == "shad" else values
 
 
@@ -485,11 +428,6 @@ def write_results(options, dataset: Dataset, base_losses, tuned_losses, drawn, c
     return summary
 
 
-def claim_export(path: str, create: bool = True) -> None:
-    folder, name = os.path.split(path)
-    claim(folder or ".", [name], "shad.py --export", create)
-
-
 # --------------------------------------------------------------------------------------------------
 # Beyond the paper: was the tuning enough, and labels by word
 
@@ -577,10 +515,7 @@ def main():
         limit_threads(model)
         run(options, dataset, model)
     if options.export and rank == 0:
-        claim_export(options.export)
         export_labels(options.export, dataset, load_labels(options.out, dataset))
-        release(os.path.dirname(options.export) or ".")
-        print(f"\nwrote {options.export}, one line per sample: {len(dataset.kept):,}")
     if rank == 0 and not labelled:
         arguments = ["--model", options.model, "--data", *options.data,
                      "--max-length", str(options.max_length), "--template", options.template,
