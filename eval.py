@@ -102,10 +102,22 @@ class Options:
 # --------------------------------------------------------------------------------------------------
 # Loss by token role
 
+def evaluate_loss(options: Options, device) -> dict:
+    """The losses of a checkpoint on data files, as a summary."""
+    path = resolve(options.model)
+    dataset = Dataset.load(options.data, path, options.template, options.max_length or 2048,
+                           options.native_calls)
+    labels = load_labels(options.labels, dataset) if options.labels else None
+    model = Transformer.from_pretrained(path, device=device)
+    limit_threads(model)
+    losses = role_losses(model, dataset, options.micro_tokens, labels)
+    return {"losses": losses, "dropped": dataset.dropped}
+
+
 def role_losses(model: Transformer, dataset: Dataset, micro_tokens: int, labels=None) -> dict:
     """{group: {"loss": mean in nats, "tokens": count}} of a dataset's output tokens.
 
-    Of all of them; by their true roles where the data has them; by SHAD's labels where given.
+    Groups: all tokens; the true roles, where the data has them; SHAD's, where labels are given.
     """
     losses = token_losses(model, dataset, micro_tokens, "loss")
     groups = {"all": np.ones(len(losses), bool)}
@@ -128,17 +140,17 @@ def role_losses(model: Transformer, dataset: Dataset, micro_tokens: int, labels=
 # Generation: greedy and batched
 
 def context_length(model: Transformer, max_length: int = 0) -> int:
-    """The longest sequence that a model is given, output included: its context, or less."""
+    """The most tokens in a sequence, output included: the model's context, or max_length."""
     window = model.config.sliding_window or math.inf
     return min(max_length or math.inf, model.config.max_position_embeddings, window)
 
 
 def make_responder(model: Transformer, renderer: Renderer, max_new_tokens: int, max_length: int = 0,
                    cache_tokens: int = 16384):
-    """The function respond(conversations: lists of Messages), a generator.
+    """The generator function respond(conversations), where a conversation is a list of Messages.
 
-    It yields (i, the assistant's next turn in conversation i) as each is finished; the turn is None
-    where its conversation leaves no room for max_new_tokens in the context.
+    It yields (i, the assistant's next turn in conversation i) as each is finished. The turn is None
+    where the conversation leaves no room for max_new_tokens in the context.
     """
     longest = context_length(model, max_length) - max_new_tokens
 
@@ -199,7 +211,6 @@ def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
     bench = importlib.import_module(f"benchmarks.{options.bench}")
     if hasattr(bench, "check_options"):
         bench.check_options(options)
-    is_toy = bench is toy
     all_items = load_items(bench, options)
     items = select_items(all_items, options)
     texts = []
@@ -214,34 +225,13 @@ def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
     # the outputs: made elsewhere, or generated now
     if options.predictions:
         outputs = getattr(bench, "read_predictions", read_predictions)(options.predictions)
-        asked = {item.id for item in items}
-        summary["not_asked"] = len(outputs.keys() - asked)
+        summary["not_asked"] = len(outputs.keys() - {item.id for item in items})
         if outputs and not outputs.keys() & {item.id for item in all_items}:
             raise DataError(f"{options.predictions} matches no item: its ids are like "
                             f"{next(iter(outputs))!r}, the benchmark's like {items[0].id!r}.")
     else:
-        path = resolve(options.model)
-        # decoding reads every weight for each token; the losses of the toy want them in float32
-        dtype = torch.bfloat16 if uses_bf16(device) and not is_toy else torch.float32
-        model = Transformer.from_pretrained(path, dtype, device)
-        limit_threads(model)
-        renderer = Renderer(path, options.template)
-        generation = {"decoding": "greedy",
-                      "weights": str(dtype).removeprefix("torch."),
-                      "max_new_tokens": options.max_new_tokens or bench.MAX_NEW_TOKENS,
-                      "max_length": context_length(model, options.max_length),
-                      "template": renderer.template}
-        if hasattr(bench, "run_settings"):
-            generation |= bench.run_settings(options)
-        summary["generation"] = generation
-        settings = {"bench": options.bench, "model": checkpoint_fingerprint(path),
-                    "tokenizer": renderer.fingerprint,
-                    "prompts": fingerprint([(i.id, renderer.prompt(i.messages)) for i in items]),
-                    **renderer.dated, **generation}
-        outputs = generate_outputs(bench, model, renderer, items, options, settings)
-        if is_toy:
-            summary["losses"] = toy_losses(
-                model, renderer, options.count, options.seed, options.micro_tokens)
+        outputs, about = generate_outputs(bench, items, options, device)
+        summary |= about
 
     # one rank judges
     if rank_and_world()[0] > 0:
@@ -259,20 +249,48 @@ def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
     return summary | {"figures": bench.summary(verdicts)}, verdicts
 
 
-def generate_outputs(bench, model, renderer, items, options: Options, settings: dict) -> dict:
-    """{item id: output} of a checkpoint, saved in options.out."""
-    on_rank_0(claim_out, options)
-    respond = make_responder(model, renderer, settings["max_new_tokens"], options.max_length,
-                             options.cache_tokens)
-    if hasattr(bench, "run"):
-        def all_responses(conversations):
-            texts = dict(respond(conversations))
-            return [texts[i] for i in range(len(conversations))]
+def generate_outputs(bench, items, options: Options, device) -> tuple[dict, dict]:
+    """({item id: output}, what the summary says of them) of a checkpoint; saved in options.out."""
+    path = resolve(options.model)
+    # decoding reads every weight for each token; the losses of the toy want them in float32
+    dtype = torch.bfloat16 if uses_bf16(device) and bench is not toy else torch.float32
+    model = Transformer.from_pretrained(path, dtype, device)
+    limit_threads(model)
+    renderer = Renderer(path, options.template)
 
-        return ask_saving(items, options.out, settings,
-                          lambda mine: bench.run(mine, all_responses, options))
-    return ask_saving(by_length(items), options.out, settings,
-                      lambda mine: single_turn(mine, respond))
+    # what must be the same for a run that resumes
+    generation = {"decoding": "greedy",
+                  "weights": str(dtype).removeprefix("torch."),
+                  "max_new_tokens": options.max_new_tokens or bench.MAX_NEW_TOKENS,
+                  "max_length": context_length(model, options.max_length),
+                  "template": renderer.template}
+    if hasattr(bench, "run_settings"):
+        generation |= bench.run_settings(options)
+    settings = {"bench": options.bench, "model": checkpoint_fingerprint(path),
+                "tokenizer": renderer.fingerprint,
+                "prompts": fingerprint([(i.id, renderer.prompt(i.messages)) for i in items]),
+                **renderer.dated, **generation}
+
+    # ask: one turn per item, or as the benchmark itself leads the conversations
+    on_rank_0(claim_out, options)
+    respond = make_responder(model, renderer, generation["max_new_tokens"], options.max_length,
+                             options.cache_tokens)
+
+    def all_responses(conversations):
+        texts = dict(respond(conversations))
+        return [texts[i] for i in range(len(conversations))]
+
+    if hasattr(bench, "run"):
+        outputs = ask_saving(items, options.out, settings,
+                             lambda mine: bench.run(mine, all_responses, options))
+    else:
+        outputs = ask_saving(by_length(items), options.out, settings,
+                             lambda mine: single_turn(mine, respond))
+    about = {"generation": generation}
+    if bench is toy:
+        about["losses"] = toy_losses(
+            model, renderer, options.count, options.seed, options.micro_tokens)
+    return outputs, about
 
 
 def by_length(items: list[Item]) -> list[Item]:
@@ -320,7 +338,7 @@ def fingerprint(*parts) -> str:
 def checkpoint_fingerprint(path: str) -> str:
     """sha256 of config.json and of each weight file's size, first and last MiB.
 
-    Other weights in the same folder are noticed, without reading all of them.
+    Replaced weights are noticed without reading all of them.
     """
     parts = []
     for name in [os.path.join(path, "config.json"), *checkpoint_files(path)]:
@@ -337,7 +355,7 @@ def checkpoint_fingerprint(path: str) -> str:
 # What is printed and written
 
 def headline_figures(figures: dict, path: str = ""):
-    """Yield (name, number) of a benchmark's figures, without the detail per category."""
+    """Yield (name, number) for a benchmark's figures, without those per category."""
     for name, value in figures.items():
         if isinstance(value, float):
             yield path + name, value
@@ -398,7 +416,7 @@ def check_options(options: Options) -> None:
 
 
 def claim_out(options: Options, create: bool = True) -> None:
-    """Take OUT for this evaluation; a summary of another one in it is not replaced."""
+    """Take OUT for this evaluation; the summary of another one there is not replaced."""
     evaluation = ["eval.py", options.bench]
     for name in ("model", "predictions", "data"):
         if getattr(options, name):
@@ -414,20 +432,12 @@ def main():
     device = init_distributed(options.dtype)
     if options.out:
         on_rank_0(claim_out, options, False)
-    rank, _ = rank_and_world()
     if options.bench == "loss":
-        path = resolve(options.model)
-        dataset = Dataset.load(options.data, path, options.template, options.max_length or 2048,
-                               options.native_calls)
-        labels = load_labels(options.labels, dataset) if options.labels else None
-        model = Transformer.from_pretrained(path, device=device)
-        limit_threads(model)
-        losses = role_losses(model, dataset, options.micro_tokens, labels)
-        summary = {"losses": losses, "dropped": dataset.dropped}
+        summary = evaluate_loss(options, device)
         verdicts = None
     else:
         summary, verdicts = evaluate_bench(options, device)
-    if rank > 0:
+    if rank_and_world()[0] > 0:
         return
     print_summary(options, summary)
     if options.out:
