@@ -157,15 +157,177 @@ def derange(turns_by_sample: list[list], rng: random.Random) -> dict:
 
 
 def shuffled_datasets(dataset: Dataset, drawn, shuffled: list[Sample], options):
-    """Yield one Dataset per epoch of tuning; in later epochs the drawn samples are reshuffled."""
+    """Yield the Dataset of each epoch of tuning; --reshuffle shuffles the outputs again in each."""
     samples = dataset.samples.select(drawn)
     for epoch in range(options.epochs):
-        if epoch and options.reshuffle == "yes":
+        reshuffle = epoch > 0 and options.reshuffle == "yes"
+        if reshuffle:
             shuffled, _ = shuffle_outputs(samples, 1.0, options.seed + epoch)
-        if not epoch or options.reshuffle == "yes":
+        if epoch == 0 or reshuffle:
             # a shuffled sample can be longer: its output now follows another input
             current = Dataset(shuffled, dataset.renderer, 2 * dataset.max_length)
         yield current
+
+
+# --------------------------------------------------------------------------------------------------
+# Step 2: tune a copy of the model on the shuffled samples
+
+def tune(model: Transformer, datasets, options: Options) -> None:
+    """Ordinary fine-tuning, in place: all parameters, mean loss of the output tokens.
+
+    datasets: one per epoch.
+    """
+    rank, world = rank_and_world()
+    device = model.device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0, fused=True)
+    for epoch, dataset in enumerate(datasets):
+        batches = epoch_batches(
+            dataset.lengths, dataset.kept, options.batch_tokens, options.seed, epoch)
+        bar = tqdm(batches, f"tune on shuffled, epoch {epoch + 1}", unit="step", disable=rank > 0)
+        for step, batch in enumerate(bar):
+            progress = (epoch + step / len(batches)) / options.epochs
+            optimizer.param_groups[0]["lr"] = options.lr * (1 - progress)
+            n = dataset.output_counts[batch].sum()
+            for indices in micro_batches(batch, dataset.lengths, options.micro_tokens, rank, world):
+                tokens, targets, _ = collate(dataset, indices, device=device)       # (B, T)
+                with mixed_precision(device):
+                    loss = model(tokens, targets).sum() / n
+                loss.backward()
+            all_reduce_gradients(model)
+            clip_gradients(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    for name in not_finite(model):
+        raise DataError(f"the tuned model's {name} is not finite; lower --lr.")
+
+
+# --------------------------------------------------------------------------------------------------
+# Step 3: classify every output token by its loss difference
+
+def loss_difference(tuned_losses, base_losses):
+    """LD = loss_tuned - loss_base of every token, in nats.
+
+    How much harder a token is to predict for a model tuned on outputs that do not follow from
+    their inputs.
+    """
+    return tuned_losses - base_losses
+
+
+def classify(loss_difference, threshold: float = 0.0):
+    """True for reasoning tokens (LD > threshold), False for boilerplate (LD <= threshold)."""
+    return loss_difference > threshold
+
+
+@dataclass
+class Labels:
+    """SHAD's labels; labels[a:b], (b - a,) bool, is True for the reasoning tokens among a to b.
+
+    difference: LD of all output tokens, float32 in data order: an array, or a slice of a file that
+    is read only where it is asked for. The threshold is applied when the labels are read.
+    """
+    difference: np.ndarray
+    threshold: float = 0.0
+
+    def __getitem__(self, tokens: slice) -> np.ndarray:
+        return classify(self.difference[tokens], self.threshold)
+
+
+def load_labels(path: str, dataset: Dataset, kind="shad"):
+    """The labels in a file, or in the directory that holds it.
+
+    kind "shad": a Labels. "reference" and "reward": values[a:b], (b - a,) float32, are the
+    reference model's losses, or the rewards, of the output tokens a to b. Raises DataError, naming
+    what differs, for labels of another kind, or of other data, another tokenizer or template.
+    """
+    values, threshold = read_labels(path, dataset, kind)
+    return Labels(values, threshold) if kind == "shad" else values
+
+
+# --------------------------------------------------------------------------------------------------
+# The three steps together
+
+def run(options: Options, dataset: Dataset, model: Transformer):
+    """SHAD on a dataset; writes options.out and returns (LD (output tokens,) float32, summary).
+
+    `model` ends as the discriminator: since the base losses are taken before it is tuned, one copy
+    is enough. A run that was killed resumes from the losses and the tuned model that it left in
+    options.out/parts.
+    """
+    on_rank_0(claim, options.out, FILES, "shad.py")
+    work_dir = os.path.join(options.out, "parts")
+    times = [time.perf_counter()]
+
+    # 1. Shuffle: outputs change places among a few samples, so that none follows from its input.
+    # With fewer than 96 samples the discriminator learns nothing; a tenth stays as it is, to check
+    # what it has learned.
+    kept = len(dataset.kept)
+    count = options.shuffle if options.shuffle > 1 else max(96, options.shuffle * kept)
+    fraction = min(count, kept - kept // 10) / kept
+    samples = dataset.samples.select(dataset.kept)
+    shuffled, drawn = shuffle_outputs(samples, fraction, options.seed)
+    drawn = dataset.kept[drawn]                         # indices of the dataset's samples
+    open_work_dir(work_dir, run_settings(options, dataset))
+
+    # 2. Tune the model on them. Its own losses are taken first.
+    base_losses = token_losses(model, dataset, options.micro_tokens, "losses of the base model",
+                               os.path.join(work_dir, "base losses"))
+    times.append(time.perf_counter())
+    tuned_model = os.path.join(work_dir, "tuned model")
+    if on_rank_0(damaged_file, tuned_model):            # or not there
+        tune(model, shuffled_datasets(dataset, drawn, shuffled, options), options)
+        save_tuned_model(model, tuned_model)
+    else:
+        model.load_weights(tuned_model)
+    times.append(time.perf_counter())
+    tuned_losses = token_losses(model, dataset, options.micro_tokens, "losses of the tuned model",
+                                os.path.join(work_dir, "tuned losses"))
+    times.append(time.perf_counter())
+    check = check_tuning(model, dataset, drawn, tuned_losses, options)
+
+    # 3. Classify: a token that became harder to predict depends on its input; LD > 0 is reasoning.
+    summary = on_rank_0(write_results, options, dataset, base_losses, tuned_losses, drawn, check,
+                        times)
+    release(options.out)
+    return load_labels(options.out, dataset).difference[:], summary
+
+
+def run_settings(options: Options, dataset: Dataset) -> dict:
+    """What must be the same for a run that resumes."""
+    # data files may move: what counts is their content, which the fingerprint holds
+    may_change = ("out", "export", "data", "threshold", "unit", "shard")
+    settings = {k: value for k, value in asdict(options).items() if k not in may_change}
+    return settings | dataset.fingerprint
+
+
+def write_results(options, dataset: Dataset, base_losses, tuned_losses, drawn, check, times):
+    """Write labels, page and summary into options.out; returns the summary.
+
+    drawn: indices of the shuffled samples. check: by check_tuning. times: of the start and of the
+    end of each step, in seconds.
+    """
+    difference = loss_difference(tuned_losses, base_losses)
+    if options.unit == "word":
+        difference = largest_per_word(difference, dataset)
+    unshuffled = ~tokens_of(drawn, dataset)                                 # (output tokens,)
+    is_reasoning = classify(difference, options.threshold)
+    summary = summarize(difference, is_reasoning, base_losses, tuned_losses, unshuffled,
+                        dataset.true_roles())
+    seconds = np.diff(times).round(1).tolist()
+    summary |= check
+    summary |= {"samples": len(dataset.kept), "shuffled": len(drawn),
+                "dropped": dataset.dropped,
+                "seconds": dict(zip(("base", "tune", "tuned"), seconds, strict=True))}
+    write_json(os.path.join(options.out, "summary.json"), summary)
+    losses = {"base": base_losses, "tuned": tuned_losses}
+    page = labels_page(dataset, difference, is_reasoning, options.threshold, losses, summary)
+    write_page(os.path.join(options.out, "labels.html"),
+               "SHAD: reasoning and boilerplate tokens", page)
+    # last, since the presence of the labels says that everything is there
+    save_labels(options.out, difference, dataset, {
+        "base_model": options.model, "threshold": options.threshold, "seed": options.seed})
+    remove_folder(os.path.join(options.out, "parts"))
+    print(format_summary(summary))
+    return summary
 
 
 # --------------------------------------------------------------------------------------------------
@@ -269,166 +431,6 @@ def check_finite(by_sample: dict, dataset: Dataset, title: str, device) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Step 2: tune a copy of the model on the shuffled samples
-
-def tune(model: Transformer, datasets, options: Options) -> None:
-    """Ordinary fine-tuning, in place: all parameters, mean loss of the output tokens.
-
-    datasets: those of the epochs, options.epochs of them.
-    """
-    rank, world = rank_and_world()
-    device = model.device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0, fused=True)
-    for epoch, dataset in enumerate(datasets):
-        batches = epoch_batches(
-            dataset.lengths, dataset.kept, options.batch_tokens, options.seed, epoch)
-        bar = tqdm(batches, f"tune on shuffled, epoch {epoch + 1}", unit="step", disable=rank > 0)
-        for step, batch in enumerate(bar):
-            progress = (epoch + step / len(batches)) / options.epochs
-            optimizer.param_groups[0]["lr"] = options.lr * (1 - progress)
-            n = dataset.output_counts[batch].sum()
-            for indices in micro_batches(batch, dataset.lengths, options.micro_tokens, rank, world):
-                tokens, targets, _ = collate(dataset, indices, device=device)       # (B, T)
-                with mixed_precision(device):
-                    loss = model(tokens, targets).sum() / n
-                loss.backward()
-            all_reduce_gradients(model)
-            clip_gradients(model, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-    for name in not_finite(model):
-        raise DataError(f"the tuned model's {name} is not finite; lower --lr.")
-
-
-# --------------------------------------------------------------------------------------------------
-# Step 3: classify every output token by its loss difference
-
-def loss_difference(tuned_losses, base_losses):
-    """LD = loss_tuned - loss_base of every token, in nats.
-
-    How much harder a token is to predict for a model whose outputs did not follow from its inputs.
-    """
-    return tuned_losses - base_losses
-
-
-def classify(loss_difference, threshold: float = 0.0):
-    """True for reasoning tokens (LD > threshold), False for boilerplate (LD <= threshold)."""
-    return loss_difference > threshold
-
-
-@dataclass
-class Labels:
-    """SHAD's labels; labels[a:b], (b - a,) bool, is True for the reasoning tokens among a to b.
-
-    difference: LD of all output tokens, float32 in data order: an array, or a slice of a file that
-    is read only where it is asked for. The threshold is applied when the labels are read.
-    """
-    difference: np.ndarray
-    threshold: float = 0.0
-
-    def __getitem__(self, tokens: slice) -> np.ndarray:
-        return classify(self.difference[tokens], self.threshold)
-
-
-def load_labels(path: str, dataset: Dataset, kind="shad"):
-    """The labels in a file, or in the directory that holds it.
-
-    kind "shad": a Labels. "reference" and "reward": values[a:b], (b - a,) float32, are the
-    reference model's losses, or the rewards, of the output tokens a to b. Raises DataError, naming
-    what differs, for labels of another kind, or of other data, another tokenizer or template.
-    """
-    values, threshold = read_labels(path, dataset, kind)
-    return Labels(values, threshold) if kind == "shad" else values
-
-
-# --------------------------------------------------------------------------------------------------
-# The three steps
-
-def run(options: Options, dataset: Dataset, model: Transformer):
-    """SHAD on a dataset; writes options.out and returns (LD (output tokens,) float32, summary).
-
-    `model` ends as the discriminator: since the base losses are taken before it is tuned, one copy
-    is enough. A run that was killed resumes from the losses and the tuned model that it left in
-    options.out/parts.
-    """
-    on_rank_0(claim, options.out, FILES, "shad.py")
-    work_dir = os.path.join(options.out, "parts")
-    times = [time.perf_counter()]
-
-    # 1. Shuffle: outputs change places among a few samples, so that none follows from its input.
-    # With fewer than 96 samples the discriminator learns nothing; a tenth stays as it is, to check
-    # what it has learned.
-    kept = len(dataset.kept)
-    count = options.shuffle if options.shuffle > 1 else max(96, options.shuffle * kept)
-    fraction = min(count, kept - kept // 10) / kept
-    samples = dataset.samples.select(dataset.kept)
-    shuffled, drawn = shuffle_outputs(samples, fraction, options.seed)
-    drawn = dataset.kept[drawn]
-    open_work_dir(work_dir, run_settings(options, dataset))
-
-    # 2. Tune the model on them. Its own losses are taken first.
-    base_losses = token_losses(model, dataset, options.micro_tokens, "losses of the base model",
-                               os.path.join(work_dir, "base losses"))
-    times.append(time.perf_counter())
-    tuned_model = os.path.join(work_dir, "tuned model")
-    if on_rank_0(damaged_file, tuned_model):            # or not there
-        tune(model, shuffled_datasets(dataset, drawn, shuffled, options), options)
-        save_tuned_model(model, tuned_model)
-    else:
-        model.load_weights(tuned_model)
-    times.append(time.perf_counter())
-    tuned_losses = token_losses(model, dataset, options.micro_tokens, "losses of the tuned model",
-                                os.path.join(work_dir, "tuned losses"))
-    times.append(time.perf_counter())
-    check = check_tuning(model, dataset, drawn, tuned_losses, options)
-
-    # 3. Classify: a token that became harder to predict depends on its input; LD > 0 is reasoning.
-    summary = on_rank_0(write_results, options, dataset, base_losses, tuned_losses, drawn, check,
-                        times)
-    release(options.out)
-    return load_labels(options.out, dataset).difference[:], summary
-
-
-def run_settings(options: Options, dataset: Dataset) -> dict:
-    """What must be the same for a run that resumes."""
-    # of the data the content counts
-    may_change = ("out", "export", "data", "threshold", "unit", "shard")
-    settings = {k: value for k, value in asdict(options).items() if k not in may_change}
-    return settings | dataset.fingerprint
-
-
-def write_results(options, dataset: Dataset, base_losses, tuned_losses, drawn, check, times):
-    """Write labels, page and summary into options.out; returns the summary.
-
-    drawn: the samples that were shuffled. check: by check_tuning. times: when each step began, and
-    the end.
-    """
-    difference = loss_difference(tuned_losses, base_losses)
-    if options.unit == "word":
-        difference = largest_per_word(difference, dataset)
-    unshuffled = ~tokens_of(drawn, dataset)                                 # (output tokens,)
-    is_reasoning = classify(difference, options.threshold)
-    summary = summarize(difference, is_reasoning, base_losses, tuned_losses, unshuffled,
-                        dataset.true_roles())
-    seconds = np.diff(times).round(1).tolist()
-    summary |= check
-    summary |= {"samples": len(dataset.kept), "shuffled": len(drawn),
-                "dropped": dataset.dropped,
-                "seconds": dict(zip(("base", "tune", "tuned"), seconds, strict=True))}
-    write_json(os.path.join(options.out, "summary.json"), summary)
-    losses = {"base": base_losses, "tuned": tuned_losses}
-    page = labels_page(dataset, difference, is_reasoning, options.threshold, losses, summary)
-    write_page(os.path.join(options.out, "labels.html"),
-               "SHAD: reasoning and boilerplate tokens", page)
-    # last, since the presence of the labels says that everything is there
-    save_labels(options.out, difference, dataset, {
-        "base_model": options.model, "threshold": options.threshold, "seed": options.seed})
-    remove_folder(os.path.join(options.out, "parts"))
-    print(format_summary(summary))
-    return summary
-
-
-# --------------------------------------------------------------------------------------------------
 # Beyond the paper: was the tuning enough, and labels by word
 
 def check_tuning(model, dataset: Dataset, drawn, tuned_losses, options: Options) -> dict:
@@ -477,7 +479,7 @@ def largest_per_word(difference, dataset: Dataset) -> np.ndarray:
     """LD by word: every token is given the largest LD of its word; both (output tokens,) float32.
 
     Later tokens of a word follow from its first ones, with or without the input, so that their own
-    LD is near 0. A token goes on with a word where a letter, digit or _ meets another.
+    LD is near 0. A token continues a word where two of its letters, digits or _ meet.
     """
     starts = []                             # whether a word starts at each token
     for i in dataset.kept:
@@ -517,13 +519,18 @@ def main():
     if options.export and rank == 0:
         export_labels(options.export, dataset, load_labels(options.out, dataset))
     if rank == 0 and not labelled:
-        arguments = ["--model", options.model, "--data", *options.data,
-                     "--max-length", str(options.max_length), "--template", options.template,
-                     *(["--native-calls"] if options.native_calls else []),
-                     "--method", "rft", "--labels", options.out]
-        print(f"\nwrote {options.out}/labels.safetensors, summary.json and labels.html "
-              "(open it in a browser). Next:\n"
-              f"  python train.py {shlex.join(arguments)} --out OUT")
+        print_result(options)
+
+
+def print_result(options: Options) -> None:
+    """Say what was written, and what to run next."""
+    arguments = ["--model", options.model, "--data", *options.data,
+                 "--max-length", str(options.max_length), "--template", options.template,
+                 *(["--native-calls"] if options.native_calls else []),
+                 "--method", "rft", "--labels", options.out]
+    print(f"\nwrote {options.out}/labels.safetensors, summary.json and labels.html "
+          "(open it in a browser). Next:\n"
+          f"  python train.py {shlex.join(arguments)} --out OUT")
 
 
 if __name__ == "__main__":
