@@ -341,45 +341,46 @@ def token_losses(model, dataset: Dataset, micro_tokens: int, title: str, directo
     already exist are skipped, and only rank 0 is given the losses. Raises DataError, naming a
     sample, for a loss that is not finite.
     """
-    rank, world = rank_and_world()
     parts = label_parts(dataset, micro_tokens)
-    todo = list(range(len(parts)))
     if directory:
-        todo = on_rank_0(missing_parts, len(parts), directory)
+        missing = on_rank_0(missing_parts, len(parts), directory)
+        for p, losses in run_parts(model, dataset, parts, missing, micro_tokens, title):
+            save_part(directory, p, losses)
+        barrier()                       # all parts are written
+        if rank_and_world()[0] > 0:
+            return None
+        return np.concatenate([load_part(directory, p) for p in range(len(parts))])
+
+    all_losses = np.zeros(dataset.output_starts[-1], np.float32)
+    for p, losses in run_parts(model, dataset, parts, range(len(parts)), micro_tokens, title):
+        start = dataset.output_starts[parts[p][0]]
+        all_losses[start:start + len(losses)] = losses
+    summed = torch.from_numpy(all_losses).to(model.device)
+    sum_over_ranks(summed)              # each token is filled in by one rank and 0 on the others
+    return summed.cpu().numpy()
+
+
+def run_parts(model, dataset: Dataset, parts: list, todo, micro_tokens: int, title: str):
+    """Yield (part, the losses of its output tokens, float32) for this rank's share of the parts.
+
+    todo: the parts to run, as indices into `parts`. They run one per rank at a time.
+    """
+    rank, world = rank_and_world()
     total = int(dataset.lengths.sum())
     left = sum(int(dataset.lengths[parts[p]].sum()) for p in todo)
     bar = tqdm(desc=title, total=total, initial=total - left, unit="token", unit_scale=True,
                leave=None, disable=rank > 0)
-    losses = np.zeros(0 if directory else dataset.output_starts[-1], np.float32)
     for first in range(0, len(todo), world):
-        numbers = todo[first:first + world]                 # one part per rank at a time
+        numbers = todo[first:first + world]
         by_sample = part_losses(model, dataset, [parts[p] for p in numbers], micro_tokens, bar)
         check_finite(by_sample, dataset, title, model.device)
-        if not by_sample:
-            continue
-        p = numbers[rank]
-        own_losses = np.concatenate([by_sample[i] for i in sorted(by_sample)])
-        if directory:
-            save_part(directory, p, own_losses)
-        else:
-            start = dataset.output_starts[parts[p][0]]
-            end = dataset.output_starts[parts[p][-1] + 1]
-            losses[start:end] = own_losses
+        if by_sample:
+            yield numbers[rank], np.concatenate([by_sample[i] for i in sorted(by_sample)])
     bar.close()
     if hasattr(model, "reshard"):
         # FSDP keeps the root gathered until a backward; an optimizer made now would hold the
         # gathered copies instead of the shards
         model.reshard()
-
-    # put the parts together
-    if directory:
-        barrier()                       # all parts are written
-        if rank > 0:
-            return None
-        return np.concatenate([load_part(directory, p) for p in range(len(parts))])
-    summed = torch.from_numpy(losses).to(model.device)
-    sum_over_ranks(summed)              # each token is filled in by one rank and 0 on the others
-    return summed.cpu().numpy()
 
 
 def part_losses(model, dataset: Dataset, parts: list, micro_tokens: int, bar) -> dict:
