@@ -497,6 +497,8 @@ def main():
     options = parse_options(Options, __doc__)
     device = init_distributed(options.dtype)
     rank, _ = rank_and_world()
+
+    # refuse at once what could not be written in the end
     labelled = os.path.exists(os.path.join(options.out, "labels.safetensors"))
     if labelled and not options.export:
         raise DataError(f"{options.out}/labels.safetensors is there already; "
@@ -506,6 +508,8 @@ def main():
         on_rank_0(claim, options.out, FILES, "shad.py", False)
     if options.export:
         on_rank_0(claim_export, options.export, False)
+
+    # label
     options.model = resolve(options.model)
     on_stop(stop_at_once(options.out))
     dataset = Dataset.load(options.data, options.model, options.template, options.max_length,
@@ -517,6 +521,8 @@ def main():
         model = Transformer.from_pretrained(options.model, device=device, shard=shard)
         limit_threads(model)
         run(options, dataset, model)
+
+    # export, and say what to run next
     if options.export and rank == 0:
         export_labels(options.export, dataset, load_labels(options.out, dataset))
     if rank == 0 and not labelled:

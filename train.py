@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 import rft
-from baselines.labels import check_labels, method_labels
+from baselines.labels import check_labels, method_labels, select_tokens
 from data import Dataset, collate, epoch_batches, micro_batches
 from model import CheckpointError, Transformer, resolve
 from rft import METHODS, group_losses
@@ -220,26 +220,6 @@ def batch_totals(first_pass, dataset, labels, batch, options: Options, device) -
     return totals
 
 
-def select_tokens(first_pass, pieces, totals, dataset, batch, options: Options) -> list:
-    """Which tokens rho1 selects, (B, T) bool per micro-batch; counts them in totals.weight.
-
-    The threshold is that of the global batch, so the ranks gather the excess losses of all of it.
-    """
-    counts = dataset.output_counts[batch]
-    starts = dict(zip(batch.tolist(), np.cumsum(counts) - counts, strict=True))
-    excess = torch.zeros(totals.tokens, device=first_pass[0][0].device)
-    by_piece = []
-    for (losses, reference, is_output), indices in zip(first_pass, pieces, strict=True):
-        by_piece.append(losses.detach() - reference)                               # (B, T)
-        for b, i in enumerate(indices):
-            own = by_piece[-1][b][is_output[b]]
-            excess[starts[i]:starts[i] + len(own)] = own
-    sum_over_ranks(excess)              # each token is filled in by one rank and 0 on the others
-    threshold = rft.selection_threshold(excess, options.keep_share)
-    totals.weight = (excess >= threshold).sum()
-    return [piece >= threshold for piece in by_piece]
-
-
 def learning_rate(step: int, steps: int, options: Options) -> float:
     """Linear warm-up, then a cosine down to a tenth of the peak."""
     warm = max(1, round(options.warmup * steps))
@@ -405,10 +385,14 @@ def main():
     check_labels(options)
     device = init_distributed(options.dtype)
     rank, _ = rank_and_world()
+
+    # refuse at once what could not be written in the end
     on_rank_0(claim, options.out, FILES, "train.py", False)
     if finished_before(options.out, options.resume):
         return
     barrier()                                   # every rank has looked before one begins to write
+
+    # the data
     options.model = resolve(options.model)
     on_stop(stop_at_once(os.path.join(options.out, "labels")))
     dataset = Dataset.load(options.data, options.model, options.template, options.max_length,
