@@ -31,7 +31,7 @@ import torch
 
 from model import CheckpointError, resolve
 from support.chat_template import DATE
-from support.cli import DataError, option, parse_options, run_script
+from support.cli import HELP, DataError, option, parse_options, run_script
 from support.distributed import rank_and_world
 from support.files import damaged_file, lock, make_folder, remove_folder, write_checksums
 from support.readers import Message, Sample, split_slice, stream_samples
@@ -45,7 +45,7 @@ class RaggedArray:
     def __init__(self, flat, starts, view=None, order=None):
         self.flat = flat
         self.starts = starts
-        self.view = view                        # what a row is turned into when it is asked for
+        self.view = view                        # converts a row when it is read
         self.order = range(len(starts) - 1) if order is None else order
 
     def __len__(self):
@@ -59,7 +59,7 @@ class RaggedArray:
         return self.view(values) if self.view else values
 
     def select(self, order):
-        """The rows of these indices only, in this order."""
+        """Only the rows with these indices, in this order."""
         return RaggedArray(self.flat, self.starts, self.view, order)
 
 
@@ -101,7 +101,7 @@ class Dataset:
 
     @staticmethod
     def write(samples, renderer, max_length, streams) -> dict:
-        """Render samples one after the other into binary streams; returns what goes with them."""
+        """Render samples group by group into binary streams; returns what info.json holds."""
         digest = hashlib.sha256()
         dropped = 0
         notes = Counter()
@@ -154,18 +154,18 @@ class Dataset:
     def load(cls, paths, model_directory, template, max_length: int, native_calls=False):
         """All samples of some files, rendered with the tokenizer of a checkpoint.
 
-        They are rendered once, into files under ~/.cache/shad-rft (or $XDG_CACHE_HOME), and found
-        there again as long as data files, tokenizer, template and max_length are the same, and made
-        again where they are damaged. A chat template that prints the date keeps that of the day on
-        which they were rendered. Several processes may call this at once: one works, the others
-        wait. Where nothing can be written there, the samples are held in memory.
+        They are rendered once, into files under ~/.cache/shad-rft (or $XDG_CACHE_HOME), which are
+        reused as long as data files, tokenizer, template and max_length are the same, and rendered
+        again where they are damaged. A chat template that prints the date keeps that of the day of
+        rendering. Several processes may call this at once: one renders, the others wait. Where
+        nothing can be written there, the samples are held in memory.
         """
         renderer = Renderer(model_directory, template, native_calls)
         streams = (stream_samples(path, True, native_calls) for path in paths)
         samples = itertools.chain.from_iterable(streams)
         files = [split_slice(path)[0] for path in paths]
         if not all(os.path.isfile(file) for file in files):
-            return cls(samples, renderer, max_length)   # the toy; for a missing file, its error
+            return cls(samples, renderer, max_length)   # the toy; a missing file raises its error
         directory = cache_directory(paths, files, renderer, max_length)
         if damaged_file(directory):                     # or not there
             try:
@@ -187,7 +187,7 @@ class Dataset:
             path = os.path.join(directory, name)
             empty = os.path.getsize(path) == 0          # an empty file cannot be mapped
             arrays[name] = np.zeros(0, dtype) if empty else np.memmap(path, dtype, "r")
-        if DATE in info["fingerprint"]:                 # what else this run renders has the same
+        if DATE in info["fingerprint"]:                 # for all else that this run renders
             renderer.chat_template.day = datetime.date.fromisoformat(info["fingerprint"][DATE])
         dataset = cls.__new__(cls)
         dataset._attach(arrays, info, renderer, max_length)
@@ -239,7 +239,7 @@ class Dataset:
 
 
 def cache_directory(paths, files, renderer, max_length) -> str:
-    """Where the rendered samples are kept: its name is a hash of all that they depend on."""
+    """Where the rendered samples are kept; the name is a hash of all that they depend on."""
     states = []
     for path, file in zip(paths, files, strict=True):
         state = os.stat(file)
@@ -310,9 +310,9 @@ def collate(dataset: Dataset, indices, labels=None, device="cpu"):
     """(tokens, targets, the targets' labels) of some samples, right-padded, (B, T) each.
 
     tokens, targets: int64. targets[b, t] is the token after tokens[b, t], or -100 where that is
-    input or padding. labels: is_reasoning of all output tokens, such that labels[a:b] is that of
-    output tokens a to b of the dataset; the targets' labels are False where there is none. Without
-    samples: one row of one unscored token, for a rank that has no work while others do.
+    input or padding. labels: of all output tokens; labels[a:b] are those of output tokens a to b
+    of the dataset. Where a target has none, its label is False or 0. Without samples: one row of
+    one unscored token, for a rank that has no work while others do.
     """
     B = max(1, len(indices))
     T = max((int(dataset.lengths[i]) for i in indices), default=2) - 1
@@ -343,12 +343,8 @@ class Options:
     show: int = option(3, "samples to print")
     json: bool = option(False, "print one line per sample instead: id, token ids, and which of "
                                "them are output")
-    template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
-                                   "tokenizer has its tokens, else plain",
-                           choices=["auto", "chatml", "plain"])
-    native_calls: bool = option(False, "send APIGen's and ShareGPT's calls through the "
-                                       "checkpoint's own chat template, as tool calls; "
-                                       "else they are text")
+    template: str = option("auto", HELP["template"], choices=["auto", "chatml", "plain"])
+    native_calls: bool = option(False, HELP["native_calls"])
     max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
 
 

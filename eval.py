@@ -20,7 +20,6 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import signal
 from collections import Counter
@@ -38,9 +37,8 @@ from benchmarks import Item, count_verdicts, judge_outputs, read_predictions, to
 from data import Dataset
 from model import CheckpointError, Transformer, checkpoint_files, resolve
 from shad import load_labels, token_losses
-from support.cli import DataError, option, parse_options, printable, run_script
+from support.cli import HELP, DataError, option, parse_options, printable, run_script
 from support.distributed import (
-    barrier,
     init_distributed,
     limit_threads,
     mixed_precision,
@@ -49,8 +47,9 @@ from support.distributed import (
     uses_bf16,
 )
 from support.embed import sentence_encoder
-from support.files import claim, release, replacing, write_json, writing
+from support.files import claim, release, replacing, write_json
 from support.generate import generate_stream
+from support.outputs import ask_saving
 from support.readers import SPAN_ROLES, toy_samples
 from support.templates import Renderer
 
@@ -75,15 +74,10 @@ class Options:
     labels: str = option(None, "labels of shad.py for the same data (loss)")
     count: int = option(200, "toy samples of each kind, held-in and held-out", low=1)
     micro_tokens: int = option(4096, "tokens per forward, padding included (loss)", low=1)
-    template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
-                                   "tokenizer has its tokens, else plain; raw: the text as it is",
+    template: str = option("auto", HELP["template"] + "; raw: the text as it is",
                            choices=["auto", "chatml", "plain", "raw"])
-    native_calls: bool = option(False, "send APIGen's and ShareGPT's calls through the "
-                                       "checkpoint's own chat template, as tool calls; "
-                                       "else they are text (loss)")
-    dtype: str = option("auto", "precision of matrix products; auto: bfloat16 where the CPU or GPU "
-                                "multiplies it natively, else float32",
-                        choices=["auto", "float32", "bfloat16"])
+    native_calls: bool = option(False, HELP["native_calls"] + " (loss)")
+    dtype: str = option("auto", HELP["dtype"], choices=["auto", "float32", "bfloat16"])
     seed: int = option(1, "seed of the toy samples; train.py's are made with others")
     # T-Eval and Nexus
     language: str = option("en", "language of T-Eval's files", choices=["en", "zh"])
@@ -108,10 +102,22 @@ class Options:
 # --------------------------------------------------------------------------------------------------
 # Loss by token role
 
+def evaluate_loss(options: Options, device) -> dict:
+    """The losses of a checkpoint on data files, as a summary."""
+    path = resolve(options.model)
+    dataset = Dataset.load(options.data, path, options.template, options.max_length or 2048,
+                           options.native_calls)
+    labels = load_labels(options.labels, dataset) if options.labels else None
+    model = Transformer.from_pretrained(path, device=device)
+    limit_threads(model)
+    losses = role_losses(model, dataset, options.micro_tokens, labels)
+    return {"losses": losses, "dropped": dataset.dropped}
+
+
 def role_losses(model: Transformer, dataset: Dataset, micro_tokens: int, labels=None) -> dict:
     """{group: {"loss": mean in nats, "tokens": count}} of a dataset's output tokens.
 
-    Of all of them; by their true roles where the data has them; by SHAD's labels where given.
+    Groups: all tokens; the true roles, where the data has them; SHAD's, where labels are given.
     """
     losses = token_losses(model, dataset, micro_tokens, "loss")
     groups = {"all": np.ones(len(losses), bool)}
@@ -131,20 +137,20 @@ def role_losses(model: Transformer, dataset: Dataset, micro_tokens: int, labels=
 
 
 # --------------------------------------------------------------------------------------------------
-# Generation: greedy, batched, and every output is saved as soon as it is finished
+# Generation: greedy and batched
 
 def context_length(model: Transformer, max_length: int = 0) -> int:
-    """The longest sequence that a model is given, output included: its context, or less."""
+    """The most tokens in a sequence, output included: the model's context, or max_length."""
     window = model.config.sliding_window or math.inf
     return min(max_length or math.inf, model.config.max_position_embeddings, window)
 
 
 def make_responder(model: Transformer, renderer: Renderer, max_new_tokens: int, max_length: int = 0,
                    cache_tokens: int = 16384):
-    """The function respond(conversations: lists of Messages), a generator.
+    """The generator function respond(conversations), where a conversation is a list of Messages.
 
-    It yields (i, the assistant's next turn in conversation i) as each is finished; the turn is None
-    where its conversation leaves no room for max_new_tokens in the context.
+    It yields (i, the assistant's next turn in conversation i) as each is finished. The turn is None
+    where the conversation leaves no room for max_new_tokens in the context.
     """
     longest = context_length(model, max_length) - max_new_tokens
 
@@ -166,75 +172,6 @@ def single_turn(items: list[Item], respond):
     """Yield (item, output) as each is finished: how most benchmarks are asked."""
     for i, text in respond([item.messages for item in items]):
         yield items[i], text
-
-
-def ask_saving(items: list[Item], folder: str, settings: dict, run) -> dict:
-    """{item id: output} of all items. run(items) yields (item, output); the ranks share the items.
-
-    Each output is appended to folder/outputs.RANK.jsonl as it comes; those that are already there,
-    made under the same settings, are not asked again.
-    """
-    os.makedirs(folder, exist_ok=True)
-    rank, world = rank_and_world()
-    done = read_outputs(folder, settings)
-    barrier()                                           # every rank has read before any writes
-    mine = [item for item in items if item.id not in done][rank::world]
-    bar = tqdm(total=len(mine), desc="generate", unit="item", disable=rank > 0)
-    path = os.path.join(folder, f"outputs.{rank}.jsonl")
-    begin_log(path, settings)
-    with bar:
-        for item, output in run(mine):
-            bar.update()
-            with writing(path), open(path, "a", encoding="utf-8") as log:
-                log.write(json.dumps({"id": item.id, "output": output}) + "\n")
-    barrier()
-    return read_outputs(folder, settings)
-
-
-def read_outputs(folder: str, settings: dict) -> dict:
-    """{item id: output} of all folder/outputs.RANK.jsonl.
-
-    A file is a first line of settings, then {"id", "output"} lines; the last one may be incomplete.
-    Raises DataError, naming what differs, where a file was begun with other settings.
-    """
-    outputs = {}
-    for name in sorted(os.listdir(folder)):
-        if not re.fullmatch(r"outputs\.\d+\.jsonl", name):
-            continue
-        path = os.path.join(folder, name)
-        differing = []
-        with open(path, encoding="utf-8", errors="replace") as file:
-            lines = file.read().split("\n")[:-1]        # after the last newline: cut short
-        for n, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                if n == 1:
-                    differing = [key for key in settings if record.get(key) != settings[key]]
-                elif not isinstance(record["output"], (str, list, type(None))):
-                    raise TypeError
-                else:
-                    outputs[record["id"]] = record["output"]
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                rest = " and the rest" if n == 1 else ""
-                raise DataError(f"{path}, line {n}, is damaged; remove it{rest}, "
-                                "to ask again.") from None
-        if differing:
-            verb = "differs" if len(differing) == 1 else "differ"
-            raise DataError(f"{path} was made with other settings ({', '.join(differing)} {verb}); "
-                            "choose another --out, or remove the file to start over.")
-    return outputs
-
-
-def begin_log(path: str, settings: dict) -> None:
-    """Make a file that outputs are appended to; its first line is the settings.
-
-    One that is there is kept, but for an incomplete last line.
-    """
-    with writing(path), open(path, "ab+") as log:
-        log.seek(0)
-        log.truncate(log.read().rfind(b"\n") + 1)
-        if not log.seek(0, os.SEEK_END):
-            log.write(json.dumps(settings).encode() + b"\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -274,7 +211,6 @@ def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
     bench = importlib.import_module(f"benchmarks.{options.bench}")
     if hasattr(bench, "check_options"):
         bench.check_options(options)
-    is_toy = bench is toy
     all_items = load_items(bench, options)
     items = select_items(all_items, options)
     texts = []
@@ -289,34 +225,13 @@ def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
     # the outputs: made elsewhere, or generated now
     if options.predictions:
         outputs = getattr(bench, "read_predictions", read_predictions)(options.predictions)
-        asked = {item.id for item in items}
-        summary["not_asked"] = len(outputs.keys() - asked)
+        summary["not_asked"] = len(outputs.keys() - {item.id for item in items})
         if outputs and not outputs.keys() & {item.id for item in all_items}:
             raise DataError(f"{options.predictions} matches no item: its ids are like "
                             f"{next(iter(outputs))!r}, the benchmark's like {items[0].id!r}.")
     else:
-        path = resolve(options.model)
-        # decoding reads every weight for each token; the losses of the toy want them in float32
-        dtype = torch.bfloat16 if uses_bf16(device) and not is_toy else torch.float32
-        model = Transformer.from_pretrained(path, dtype, device)
-        limit_threads(model)
-        renderer = Renderer(path, options.template)
-        generation = {"decoding": "greedy",
-                      "weights": str(dtype).removeprefix("torch."),
-                      "max_new_tokens": options.max_new_tokens or bench.MAX_NEW_TOKENS,
-                      "max_length": context_length(model, options.max_length),
-                      "template": renderer.template}
-        if hasattr(bench, "run_settings"):
-            generation |= bench.run_settings(options)
-        summary["generation"] = generation
-        settings = {"bench": options.bench, "model": checkpoint_fingerprint(path),
-                    "tokenizer": renderer.fingerprint,
-                    "prompts": fingerprint([(i.id, renderer.prompt(i.messages)) for i in items]),
-                    **renderer.dated, **generation}
-        outputs = generate_outputs(bench, model, renderer, items, options, settings)
-        if is_toy:
-            summary["losses"] = toy_losses(
-                model, renderer, options.count, options.seed, options.micro_tokens)
+        outputs, about = generate_outputs(bench, items, options, device)
+        summary |= about
 
     # one rank judges
     if rank_and_world()[0] > 0:
@@ -334,20 +249,48 @@ def evaluate_bench(options: Options, device) -> tuple[dict, list[dict]]:
     return summary | {"figures": bench.summary(verdicts)}, verdicts
 
 
-def generate_outputs(bench, model, renderer, items, options: Options, settings: dict) -> dict:
-    """{item id: output} of a checkpoint, saved in options.out."""
-    on_rank_0(claim_out, options)
-    respond = make_responder(model, renderer, settings["max_new_tokens"], options.max_length,
-                             options.cache_tokens)
-    if hasattr(bench, "run"):
-        def all_responses(conversations):
-            texts = dict(respond(conversations))
-            return [texts[i] for i in range(len(conversations))]
+def generate_outputs(bench, items, options: Options, device) -> tuple[dict, dict]:
+    """({item id: output}, what the summary says of them) of a checkpoint; saved in options.out."""
+    path = resolve(options.model)
+    # decoding reads every weight for each token; the losses of the toy want them in float32
+    dtype = torch.bfloat16 if uses_bf16(device) and bench is not toy else torch.float32
+    model = Transformer.from_pretrained(path, dtype, device)
+    limit_threads(model)
+    renderer = Renderer(path, options.template)
 
-        return ask_saving(items, options.out, settings,
-                          lambda mine: bench.run(mine, all_responses, options))
-    return ask_saving(by_length(items), options.out, settings,
-                      lambda mine: single_turn(mine, respond))
+    # what must be the same for a run that resumes
+    generation = {"decoding": "greedy",
+                  "weights": str(dtype).removeprefix("torch."),
+                  "max_new_tokens": options.max_new_tokens or bench.MAX_NEW_TOKENS,
+                  "max_length": context_length(model, options.max_length),
+                  "template": renderer.template}
+    if hasattr(bench, "run_settings"):
+        generation |= bench.run_settings(options)
+    settings = {"bench": options.bench, "model": checkpoint_fingerprint(path),
+                "tokenizer": renderer.fingerprint,
+                "prompts": fingerprint([(i.id, renderer.prompt(i.messages)) for i in items]),
+                **renderer.dated, **generation}
+
+    # ask: one turn per item, or as the benchmark itself leads the conversations
+    on_rank_0(claim_out, options)
+    respond = make_responder(model, renderer, generation["max_new_tokens"], options.max_length,
+                             options.cache_tokens)
+
+    def all_responses(conversations):
+        texts = dict(respond(conversations))
+        return [texts[i] for i in range(len(conversations))]
+
+    if hasattr(bench, "run"):
+        outputs = ask_saving(items, options.out, settings,
+                             lambda mine: bench.run(mine, all_responses, options))
+    else:
+        outputs = ask_saving(by_length(items), options.out, settings,
+                             lambda mine: single_turn(mine, respond))
+    about = {"generation": generation}
+    if bench is toy:
+        about["losses"] = toy_losses(
+            model, renderer, options.count, options.seed, options.micro_tokens)
+    return outputs, about
 
 
 def by_length(items: list[Item]) -> list[Item]:
@@ -395,7 +338,7 @@ def fingerprint(*parts) -> str:
 def checkpoint_fingerprint(path: str) -> str:
     """sha256 of config.json and of each weight file's size, first and last MiB.
 
-    Other weights in the same folder are noticed, without reading all of them.
+    Replaced weights are noticed without reading all of them.
     """
     parts = []
     for name in [os.path.join(path, "config.json"), *checkpoint_files(path)]:
@@ -412,7 +355,7 @@ def checkpoint_fingerprint(path: str) -> str:
 # What is printed and written
 
 def headline_figures(figures: dict, path: str = ""):
-    """Yield (name, number) of a benchmark's figures, without the detail per category."""
+    """Yield (name, number) for a benchmark's figures, without those per category."""
     for name, value in figures.items():
         if isinstance(value, float):
             yield path + name, value
@@ -473,7 +416,7 @@ def check_options(options: Options) -> None:
 
 
 def claim_out(options: Options, create: bool = True) -> None:
-    """Take OUT for this evaluation; a summary of another one in it is not replaced."""
+    """Take OUT for this evaluation; the summary of another one there is not replaced."""
     evaluation = ["eval.py", options.bench]
     for name in ("model", "predictions", "data"):
         if getattr(options, name):
@@ -489,20 +432,12 @@ def main():
     device = init_distributed(options.dtype)
     if options.out:
         on_rank_0(claim_out, options, False)
-    rank, _ = rank_and_world()
     if options.bench == "loss":
-        path = resolve(options.model)
-        dataset = Dataset.load(options.data, path, options.template, options.max_length or 2048,
-                               options.native_calls)
-        labels = load_labels(options.labels, dataset) if options.labels else None
-        model = Transformer.from_pretrained(path, device=device)
-        limit_threads(model)
-        losses = role_losses(model, dataset, options.micro_tokens, labels)
-        summary = {"losses": losses, "dropped": dataset.dropped}
+        summary = evaluate_loss(options, device)
         verdicts = None
     else:
         summary, verdicts = evaluate_bench(options, device)
-    if rank > 0:
+    if rank_and_world()[0] > 0:
         return
     print_summary(options, summary)
     if options.out:

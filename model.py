@@ -37,7 +37,7 @@ SUPPORTED_VALUES = {"hidden_act": ("silu",), "attention_dropout": (0, None),
                     "quantization_config": (None,),
                     "torch_dtype": ("float32", "bfloat16", "float16", "float64", None)}
 SUPPORTED_VALUES["dtype"] = SUPPORTED_VALUES["torch_dtype"]
-# the lowest and highest value of every number, which is of their type; null only where None follows
+# (lowest, highest) value of each number, which must be of their type; a trailing None allows null
 LIMITS = {"vocab_size": (1, 2**24), "hidden_size": (1, 2**18), "intermediate_size": (1, 2**20),
           "num_hidden_layers": (1, 2**10), "num_attention_heads": (1, 2**12),
           "num_key_value_heads": (1, 2**12, None), "head_dim": (2, 2**12, None),
@@ -72,7 +72,7 @@ class Config:
     extra: dict = field(default_factory=dict)   # the rest of config.json, carried through unchanged
 
     def __post_init__(self):
-        if self.model_type not in [*ARCHITECTURES]:
+        if self.model_type not in list(ARCHITECTURES):      # it may be unhashable
             raise CheckpointError(f"model_type {self.model_type!r} is not supported; "
                                   f"this file implements {', '.join(ARCHITECTURES)}.")
         numbers = [(key, getattr(self, key), *LIMITS[key]) for key in LIMITS]
@@ -94,7 +94,7 @@ class Config:
 
     @classmethod
     def from_hf(cls, hf: dict) -> "Config":
-        """A parsed config.json. Raises CheckpointError for what this file does not implement."""
+        """From a parsed config.json. Raises CheckpointError for what this file does not support."""
         hf = dict(hf)
         for key, kind in (("rope_parameters", dict), ("rope_scaling", dict), ("layer_types", list)):
             if not isinstance(hf.get(key) or kind(), kind):
@@ -158,7 +158,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def checkpointed(f, *inputs):
-    """f(*inputs) with activation checkpointing: backward computes it again from the inputs."""
+    """f(*inputs) with activation checkpointing: backward recomputes it from the inputs."""
     if not torch.is_grad_enabled():
         return f(*inputs)
     return checkpoint(f, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -212,7 +212,7 @@ class Attention(nn.Module):
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int = 192):
-    """Causal attention by plain products, which CPUs do faster in bf16 than SDPA's kernel.
+    """Causal attention by plain matrix products, in bf16 faster on CPUs than SDPA's kernel.
 
     q: (B, n_head, T, head_dim). k, v: (B, n_kv, T, head_dim). Returns the shape of q. Only a block
     of queries is scored at a time, with the keys up to it, and scored again in backward.
@@ -274,7 +274,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = c = config
         self.recompute = False      # True: save only the input of each block, recompute in backward
-        self.compute_device = None  # where it computes, if its parameters are kept elsewhere
+        self.compute_device = None  # set where parameters are kept on another device (offload)
         self.model = nn.ModuleDict({                # "model." is the prefix of HF's parameter names
             "embed_tokens": nn.Embedding(c.vocab_size, c.hidden_size),
             "layers": nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers)),
@@ -294,7 +294,7 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes, and takes its inputs."""
+        """Where the model computes and expects its inputs."""
         return self.compute_device or self.head.device
 
     def hidden_states(self, tokens, positions=None, rows=None, cache=None):
@@ -340,8 +340,8 @@ class Transformer(nn.Module):
     def from_pretrained(cls, path_or_hub_id: str, dtype=torch.float32, device="cpu", shard=None):
         """Load a HF directory or a hub id. Raises CheckpointError, naming the file.
 
-        shard: called with the model while that is on the meta device, to split it over ranks (by
-        FSDP2's fully_shard, say). No rank then ever holds more than its share and one tensor. It
+        shard: called with the model while it is on the meta device, to split it over ranks (with
+        FSDP2's fully_shard, say), so that no rank ever holds more than its share and one tensor. It
         may return another device for the parameters.
         """
         path = resolve(path_or_hub_id)
@@ -369,7 +369,7 @@ class Transformer(nn.Module):
                 loaded = load_file(self, file)
             except CheckpointError:
                 raise
-            except Exception as e:                  # safetensors has its own type; OSError; others
+            except Exception as e:                  # OSError, safetensors' own type, and others
                 raise unreadable(file, e) from None
             absent = [name for name in absent if name not in loaded]
         if absent:
@@ -403,7 +403,7 @@ class Transformer(nn.Module):
                     save_file(tensors, temporary, metadata={"format": "pt"})
                     os.chmod(temporary, 0o644)      # safetensors lets only its owner read it
                     os.replace(temporary, os.path.join(path, file))
-            except Exception as e:                  # a full disk; the other ranks gather on
+            except Exception as e:                  # a full disk; go on gathering for the others
                 failure = f"{path}/{file} could not be written ({e})."
         if failure:
             raise CheckpointError(failure)
@@ -457,7 +457,7 @@ def read_json(path: str) -> dict:
 
 
 def unreadable(path: str, error) -> CheckpointError:
-    """What to say of a file that cannot be read."""
+    """The error for a file that cannot be read."""
     with suppress(OSError), open(path, "rb") as f:
         if f.read(30).startswith(b"version https://git-lfs"):
             error = "it is a git-lfs pointer: run git lfs pull"
@@ -472,7 +472,7 @@ def load_file(model: Transformer, file: str) -> set[str]:
         for name in f.keys():  # noqa: SIM118 (not a dict)
             tied_copy = name == "lm_head.weight" and model.config.tie_word_embeddings
             if tied_copy or name.endswith("rotary_emb.inv_freq"):
-                continue                            # some exporters write these; never read
+                continue                            # written by some exporters, never used
             if name not in parameters:
                 raise CheckpointError(f"{file} holds {name}, which a {model.config.model_type} "
                                       "model does not have.")
@@ -560,7 +560,7 @@ def fused_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: tor
     """Cross-entropy of `hidden @ weight.T` per token, without ever holding all the logits.
 
     hidden: (N, H). weight: (V, H). targets: (N,) int64, `ignore_index` where nothing is scored.
-    Returns losses (N,) float32, in nats, 0 where ignored. Any gradient per token may come back.
+    Returns losses (N,) float32, in nats, 0 where ignored. Any gradient per token is accepted.
 
     Two passes of the head instead of one: RFT weighs tokens by their losses, so the gradients
     cannot be made during forward (Liger's trick); backward recomputes each chunk's logits. Cost:
@@ -585,13 +585,13 @@ def _chunk_rows(weight: torch.Tensor) -> int:
 
 
 def _product_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which x enters matrix products: autocast's where that is on."""
+    """The dtype in which x enters matrix products: autocast's, if enabled."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _logits_factor(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x as a factor of logits, which are float32: CUDA multiplies bf16 into it, CPUs float32."""
+    """x as a factor of float32 logits: CUDA multiplies bf16 into float32, CPUs need float32."""
     if x.is_cuda and torch.__version__ >= "2.8":    # a TorchVersion: compares as numbers
         return x.to(dtype)
     return x.to(torch.promote_types(x.dtype, torch.float32))

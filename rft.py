@@ -112,8 +112,8 @@ def rft(losses, is_reasoning, is_output, totals, options):
 def alpha(losses, is_reasoning, is_output, totals, options):
     """SHAD + alpha, the paper's ablation: L = (1 - alpha) L_b + alpha L_r, from first to last.
 
-    Needs the labels of shad.py. Scopes as in `rft`. With regular expressions in SHAD's place it is
-    the paper's Regex: format tokens are found by their looks and weighted less.
+    Needs the labels of shad.py. Scopes as in `rft`. With labels by regular expressions it is the
+    paper's Regex: format tokens are found by their looks and weighted less.
     """
     if options.scope == "sample":
         L, n = group_losses(losses, is_reasoning, is_output, options.reduce)        # (2, B)
@@ -147,9 +147,9 @@ def batch_shares(losses, is_reasoning, is_output, totals, options):
 def rho1(losses, selected, is_output, totals, options):
     """Rho-1, selective language modeling (Lin et al., arXiv 2404.07965): L = mean of the selected.
 
-    Selected is that share of the global batch's output tokens which has the largest excess loss,
-    loss - loss of a reference model: see selection_threshold. Needs the reference's losses, of
-    which train.py makes `selected`.
+    Selected are the output tokens of the global batch with the largest excess loss, loss - loss of
+    a reference model: see selection_threshold. Needs the reference model's losses, from which
+    train.py computes `selected`.
     """
     loss = torch.where(selected & is_output, losses, 0.0).sum() / totals.weight
     return loss, losses.new_zeros(2)
@@ -174,7 +174,7 @@ def reward_weights(rewards):
     """The weight of each token by its reward: sigmoid(r), between 0 and 1, a half for r = 0.
 
     A reward can be negative, and a negative weight would push a loss up without bound. How the
-    paper makes a weight of it is not known here; the sigmoid is this file's reading.
+    paper turns rewards into weights is not known here; the sigmoid is this file's choice.
     """
     return rewards.float().sigmoid()
 

@@ -17,7 +17,6 @@ Ye et al. 2024 (arXiv 2412.14780), three steps:
                LD > 0: reasoning, tied to it.
 """
 import itertools
-import json
 import math
 import os
 import random
@@ -33,14 +32,12 @@ if __name__ == "__main__":      # Ctrl-C while torch is imported ends it without
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.numpy import save
 from tqdm import tqdm
 
 from data import Dataset, collate, epoch_batches, micro_batches
 from model import CheckpointError, Transformer, resolve
 from support.checkpoints import on_stop
-from support.cli import DataError, option, parse_options, run_script
+from support.cli import HELP, DataError, option, parse_options, run_script
 from support.distributed import (
     all_reduce_gradients,
     barrier,
@@ -54,8 +51,10 @@ from support.distributed import (
     shard_model,
     sum_over_ranks,
 )
-from support.export import export_labels
-from support.files import claim, damaged_file, release, remove_folder, replacing, write_json
+from support.export import claim_export, export_labels
+from support.files import claim, damaged_file, release, remove_folder, write_json
+from support.label_file import read_labels
+from support.label_file import save_labels as save_labels  # shad.save_labels is public
 from support.label_report import format_summary, labels_page, output_pieces, summarize
 from support.parts import (
     load_part,
@@ -93,17 +92,11 @@ class Options:
     unit: str = option("token", "what is labelled; word: every token of a word gets the word's "
                                 "largest loss difference", choices=["token", "word"])
     max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
-    template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
-                                   "tokenizer has its tokens, else plain",
-                           choices=["auto", "chatml", "plain"])
-    native_calls: bool = option(False, "send APIGen's and ShareGPT's calls through the "
-                                       "checkpoint's own chat template, as tool calls; "
-                                       "else they are text")
+    template: str = option("auto", HELP["template"], choices=["auto", "chatml", "plain"])
+    native_calls: bool = option(False, HELP["native_calls"])
     shard: str = option("auto", "split the model over the ranks (FSDP2); auto: with several GPUs",
                         choices=["auto", "yes", "no"])
-    dtype: str = option("auto", "precision of matrix products; auto: bfloat16 where the CPU or GPU "
-                                "multiplies it natively, else float32",
-                        choices=["auto", "float32", "bfloat16"])
+    dtype: str = option("auto", HELP["dtype"], choices=["auto", "float32", "bfloat16"])
     seed: int = option(0, "seed of the shuffle and of the batch order")
 
 
@@ -164,15 +157,177 @@ def derange(turns_by_sample: list[list], rng: random.Random) -> dict:
 
 
 def shuffled_datasets(dataset: Dataset, drawn, shuffled: list[Sample], options):
-    """Yield one Dataset per epoch of tuning; in later epochs the drawn samples are reshuffled."""
+    """Yield the Dataset of each epoch of tuning; --reshuffle shuffles the outputs again in each."""
     samples = dataset.samples.select(drawn)
     for epoch in range(options.epochs):
-        if epoch and options.reshuffle == "yes":
+        reshuffle = epoch > 0 and options.reshuffle == "yes"
+        if reshuffle:
             shuffled, _ = shuffle_outputs(samples, 1.0, options.seed + epoch)
-        if not epoch or options.reshuffle == "yes":
+        if epoch == 0 or reshuffle:
             # a shuffled sample can be longer: its output now follows another input
             current = Dataset(shuffled, dataset.renderer, 2 * dataset.max_length)
         yield current
+
+
+# --------------------------------------------------------------------------------------------------
+# Step 2: tune a copy of the model on the shuffled samples
+
+def tune(model: Transformer, datasets, options: Options) -> None:
+    """Ordinary fine-tuning, in place: all parameters, mean loss of the output tokens.
+
+    datasets: one per epoch.
+    """
+    rank, world = rank_and_world()
+    device = model.device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0, fused=True)
+    for epoch, dataset in enumerate(datasets):
+        batches = epoch_batches(
+            dataset.lengths, dataset.kept, options.batch_tokens, options.seed, epoch)
+        bar = tqdm(batches, f"tune on shuffled, epoch {epoch + 1}", unit="step", disable=rank > 0)
+        for step, batch in enumerate(bar):
+            progress = (epoch + step / len(batches)) / options.epochs
+            optimizer.param_groups[0]["lr"] = options.lr * (1 - progress)
+            n = dataset.output_counts[batch].sum()
+            for indices in micro_batches(batch, dataset.lengths, options.micro_tokens, rank, world):
+                tokens, targets, _ = collate(dataset, indices, device=device)       # (B, T)
+                with mixed_precision(device):
+                    loss = model(tokens, targets).sum() / n
+                loss.backward()
+            all_reduce_gradients(model)
+            clip_gradients(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    for name in not_finite(model):
+        raise DataError(f"the tuned model's {name} is not finite; lower --lr.")
+
+
+# --------------------------------------------------------------------------------------------------
+# Step 3: classify every output token by its loss difference
+
+def loss_difference(tuned_losses, base_losses):
+    """LD = loss_tuned - loss_base of every token, in nats.
+
+    How much harder a token is to predict for a model tuned on outputs that do not follow from
+    their inputs.
+    """
+    return tuned_losses - base_losses
+
+
+def classify(loss_difference, threshold: float = 0.0):
+    """True for reasoning tokens (LD > threshold), False for boilerplate (LD <= threshold)."""
+    return loss_difference > threshold
+
+
+@dataclass
+class Labels:
+    """SHAD's labels; labels[a:b], (b - a,) bool, is True for the reasoning tokens among a to b.
+
+    difference: LD of all output tokens, float32 in data order: an array, or a slice of a file that
+    is read only where it is asked for. The threshold is applied when the labels are read.
+    """
+    difference: np.ndarray
+    threshold: float = 0.0
+
+    def __getitem__(self, tokens: slice) -> np.ndarray:
+        return classify(self.difference[tokens], self.threshold)
+
+
+def load_labels(path: str, dataset: Dataset, kind="shad"):
+    """The labels in a file, or in the directory that holds it.
+
+    kind "shad": a Labels. "reference" and "reward": values[a:b], (b - a,) float32, are the
+    reference model's losses, or the rewards, of the output tokens a to b. Raises DataError, naming
+    what differs, for labels of another kind, or of other data, another tokenizer or template.
+    """
+    values, threshold = read_labels(path, dataset, kind)
+    return Labels(values, threshold) if kind == "shad" else values
+
+
+# --------------------------------------------------------------------------------------------------
+# The three steps together
+
+def run(options: Options, dataset: Dataset, model: Transformer):
+    """SHAD on a dataset; writes options.out and returns (LD (output tokens,) float32, summary).
+
+    `model` ends as the discriminator: since the base losses are taken before it is tuned, one copy
+    is enough. A run that was killed resumes from the losses and the tuned model that it left in
+    options.out/parts.
+    """
+    on_rank_0(claim, options.out, FILES, "shad.py")
+    work_dir = os.path.join(options.out, "parts")
+    times = [time.perf_counter()]
+
+    # 1. Shuffle: outputs change places among a few samples, so that none follows from its input.
+    # With fewer than 96 samples the discriminator learns nothing; a tenth stays as it is, to check
+    # what it has learned.
+    kept = len(dataset.kept)
+    count = options.shuffle if options.shuffle > 1 else max(96, options.shuffle * kept)
+    fraction = min(count, kept - kept // 10) / kept
+    samples = dataset.samples.select(dataset.kept)
+    shuffled, drawn = shuffle_outputs(samples, fraction, options.seed)
+    drawn = dataset.kept[drawn]                         # indices of the dataset's samples
+    open_work_dir(work_dir, run_settings(options, dataset))
+
+    # 2. Tune the model on them. Its own losses are taken first.
+    base_losses = token_losses(model, dataset, options.micro_tokens, "losses of the base model",
+                               os.path.join(work_dir, "base losses"))
+    times.append(time.perf_counter())
+    tuned_model = os.path.join(work_dir, "tuned model")
+    if on_rank_0(damaged_file, tuned_model):            # or not there
+        tune(model, shuffled_datasets(dataset, drawn, shuffled, options), options)
+        save_tuned_model(model, tuned_model)
+    else:
+        model.load_weights(tuned_model)
+    times.append(time.perf_counter())
+    tuned_losses = token_losses(model, dataset, options.micro_tokens, "losses of the tuned model",
+                                os.path.join(work_dir, "tuned losses"))
+    times.append(time.perf_counter())
+    check = check_tuning(model, dataset, drawn, tuned_losses, options)
+
+    # 3. Classify: a token that became harder to predict depends on its input; LD > 0 is reasoning.
+    summary = on_rank_0(write_results, options, dataset, base_losses, tuned_losses, drawn, check,
+                        times)
+    release(options.out)
+    return load_labels(options.out, dataset).difference[:], summary
+
+
+def run_settings(options: Options, dataset: Dataset) -> dict:
+    """What must be the same for a run that resumes."""
+    # data files may move: what counts is their content, which the fingerprint holds
+    may_change = ("out", "export", "data", "threshold", "unit", "shard")
+    settings = {k: value for k, value in asdict(options).items() if k not in may_change}
+    return settings | dataset.fingerprint
+
+
+def write_results(options, dataset: Dataset, base_losses, tuned_losses, drawn, check, times):
+    """Write labels, page and summary into options.out; returns the summary.
+
+    drawn: indices of the shuffled samples. check: by check_tuning. times: of the start and of the
+    end of each step, in seconds.
+    """
+    difference = loss_difference(tuned_losses, base_losses)
+    if options.unit == "word":
+        difference = largest_per_word(difference, dataset)
+    unshuffled = ~tokens_of(drawn, dataset)                                 # (output tokens,)
+    is_reasoning = classify(difference, options.threshold)
+    summary = summarize(difference, is_reasoning, base_losses, tuned_losses, unshuffled,
+                        dataset.true_roles())
+    seconds = np.diff(times).round(1).tolist()
+    summary |= check
+    summary |= {"samples": len(dataset.kept), "shuffled": len(drawn),
+                "dropped": dataset.dropped,
+                "seconds": dict(zip(("base", "tune", "tuned"), seconds, strict=True))}
+    write_json(os.path.join(options.out, "summary.json"), summary)
+    losses = {"base": base_losses, "tuned": tuned_losses}
+    page = labels_page(dataset, difference, is_reasoning, options.threshold, losses, summary)
+    write_page(os.path.join(options.out, "labels.html"),
+               "SHAD: reasoning and boilerplate tokens", page)
+    # last, since the presence of the labels says that everything is there
+    save_labels(options.out, difference, dataset, {
+        "base_model": options.model, "threshold": options.threshold, "seed": options.seed})
+    remove_folder(os.path.join(options.out, "parts"))
+    print(format_summary(summary))
+    return summary
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,45 +341,46 @@ def token_losses(model, dataset: Dataset, micro_tokens: int, title: str, directo
     already exist are skipped, and only rank 0 is given the losses. Raises DataError, naming a
     sample, for a loss that is not finite.
     """
-    rank, world = rank_and_world()
     parts = label_parts(dataset, micro_tokens)
-    todo = list(range(len(parts)))
     if directory:
-        todo = on_rank_0(missing_parts, len(parts), directory)
+        missing = on_rank_0(missing_parts, len(parts), directory)
+        for p, losses in run_parts(model, dataset, parts, missing, micro_tokens, title):
+            save_part(directory, p, losses)
+        barrier()                       # all parts are written
+        if rank_and_world()[0] > 0:
+            return None
+        return np.concatenate([load_part(directory, p) for p in range(len(parts))])
+
+    all_losses = np.zeros(dataset.output_starts[-1], np.float32)
+    for p, losses in run_parts(model, dataset, parts, range(len(parts)), micro_tokens, title):
+        start = dataset.output_starts[parts[p][0]]
+        all_losses[start:start + len(losses)] = losses
+    summed = torch.from_numpy(all_losses).to(model.device)
+    sum_over_ranks(summed)              # each token is filled in by one rank and 0 on the others
+    return summed.cpu().numpy()
+
+
+def run_parts(model, dataset: Dataset, parts: list, todo, micro_tokens: int, title: str):
+    """Yield (part, the losses of its output tokens, float32) for this rank's share of the parts.
+
+    todo: the parts to run, as indices into `parts`. They run one per rank at a time.
+    """
+    rank, world = rank_and_world()
     total = int(dataset.lengths.sum())
     left = sum(int(dataset.lengths[parts[p]].sum()) for p in todo)
     bar = tqdm(desc=title, total=total, initial=total - left, unit="token", unit_scale=True,
                leave=None, disable=rank > 0)
-    losses = np.zeros(0 if directory else dataset.output_starts[-1], np.float32)
     for first in range(0, len(todo), world):
-        numbers = todo[first:first + world]                 # one part per rank at a time
+        numbers = todo[first:first + world]
         by_sample = part_losses(model, dataset, [parts[p] for p in numbers], micro_tokens, bar)
         check_finite(by_sample, dataset, title, model.device)
-        if not by_sample:
-            continue
-        p = numbers[rank]
-        own_losses = np.concatenate([by_sample[i] for i in sorted(by_sample)])
-        if directory:
-            save_part(directory, p, own_losses)
-        else:
-            start = dataset.output_starts[parts[p][0]]
-            end = dataset.output_starts[parts[p][-1] + 1]
-            losses[start:end] = own_losses
+        if by_sample:
+            yield numbers[rank], np.concatenate([by_sample[i] for i in sorted(by_sample)])
     bar.close()
     if hasattr(model, "reshard"):
         # FSDP keeps the root gathered until a backward; an optimizer made now would hold the
         # gathered copies instead of the shards
         model.reshard()
-
-    # put the parts together
-    if directory:
-        barrier()                       # all parts are written
-        if rank > 0:
-            return None
-        return np.concatenate([load_part(directory, p) for p in range(len(parts))])
-    summed = torch.from_numpy(losses).to(model.device)
-    sum_over_ranks(summed)              # each token is filled in by one rank and 0 on the others
-    return summed.cpu().numpy()
 
 
 def part_losses(model, dataset: Dataset, parts: list, micro_tokens: int, bar) -> dict:
@@ -276,227 +432,6 @@ def check_finite(by_sample: dict, dataset: Dataset, title: str, device) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Step 2: tune a copy of the model on the shuffled samples
-
-def tune(model: Transformer, datasets, options: Options) -> None:
-    """Ordinary fine-tuning, in place: all parameters, mean loss of the output tokens.
-
-    datasets: those of the epochs, options.epochs of them.
-    """
-    rank, world = rank_and_world()
-    device = model.device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.0, fused=True)
-    for epoch, dataset in enumerate(datasets):
-        batches = epoch_batches(
-            dataset.lengths, dataset.kept, options.batch_tokens, options.seed, epoch)
-        bar = tqdm(batches, f"tune on shuffled, epoch {epoch + 1}", unit="step", disable=rank > 0)
-        for step, batch in enumerate(bar):
-            progress = (epoch + step / len(batches)) / options.epochs
-            optimizer.param_groups[0]["lr"] = options.lr * (1 - progress)
-            n = dataset.output_counts[batch].sum()
-            for indices in micro_batches(batch, dataset.lengths, options.micro_tokens, rank, world):
-                tokens, targets, _ = collate(dataset, indices, device=device)       # (B, T)
-                with mixed_precision(device):
-                    loss = model(tokens, targets).sum() / n
-                loss.backward()
-            all_reduce_gradients(model)
-            clip_gradients(model, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-    for name in not_finite(model):
-        raise DataError(f"the tuned model's {name} is not finite; lower --lr.")
-
-
-# --------------------------------------------------------------------------------------------------
-# Step 3: classify every output token by its loss difference
-
-def loss_difference(tuned_losses, base_losses):
-    """LD = loss_tuned - loss_base of every token, in nats.
-
-    How much harder a token is to predict for a model whose outputs did not follow from its inputs.
-    """
-    return tuned_losses - base_losses
-
-
-def classify(loss_difference, threshold: float = 0.0):
-    """True for reasoning tokens (LD > threshold), False for boilerplate (LD <= threshold)."""
-    return loss_difference > threshold
-
-
-# What labels may be of each output token: the name of the array, and the command that makes it.
-KINDS = {"shad": ("loss_difference", "shad.py"),
-         "reference": ("loss", "python -m baselines.reference"),
-         "reward": ("reward", "python -m baselines.reference --minus")}
-
-
-@dataclass
-class Labels:
-    """SHAD's labels; labels[a:b], (b - a,) bool, is True for the reasoning tokens among a to b.
-
-    difference: LD of all output tokens, float32 in data order: an array, or a slice of a file that
-    is read where it is asked for. The threshold is applied when the labels are read.
-    """
-    difference: np.ndarray
-    threshold: float = 0.0
-
-    def __getitem__(self, tokens: slice) -> np.ndarray:
-        return classify(self.difference[tokens], self.threshold)
-
-
-def save_labels(directory, values, dataset: Dataset, made_from: dict, kind="shad") -> None:
-    """Write labels.safetensors.
-
-    values: (output tokens,) in data order, kept as float32 under the name that the kind has in
-    KINDS. offsets: (samples + 1,) int64, where the output tokens of each sample begin. made_from:
-    what else is kept, with what the data is known by, as metadata.
-    """
-    metadata = {"shad": json.dumps(dataset.fingerprint | made_from)}
-    name, _ = KINDS[kind]
-    arrays = {name: values.astype(np.float32),
-              "offsets": dataset.output_starts.astype(np.int64)}
-    with replacing(os.path.join(directory, "labels.safetensors"), "wb") as file:
-        file.write(save(arrays, metadata))
-
-
-def load_labels(path: str, dataset: Dataset, kind="shad"):
-    """The labels of a file or of the directory it lies in; values are read as they are asked for.
-
-    kind "shad": a Labels. "reference" and "reward": values[a:b], (b - a,) float32, are the
-    reference model's losses or the rewards of the output tokens a to b. Raises DataError, naming
-    what differs, when they are of another kind, or not made from this data with this tokenizer and
-    template.
-    """
-    name, command = KINDS[kind]
-    if os.path.isdir(path):
-        path = os.path.join(path, "labels.safetensors")
-    try:
-        file = safe_open(path, framework="numpy")
-        made_from = json.loads(file.metadata()["shad"])
-        [found] = set(file.keys()) - {"offsets"}
-        values = file.get_slice(found)
-        starts = file.get_tensor("offsets")
-        if starts.ndim != 1 or starts.dtype != np.int64:
-            raise ValueError("offsets is not one row of int64")
-        if values.get_dtype() != "F32" or values.get_shape() != [starts[-1]]:
-            raise ValueError(f"{found} is not float32 of as many tokens as offsets say")
-        threshold = float(made_from["threshold"]) if found == "loss_difference" else 0.0
-        if not np.isfinite(threshold) or not np.isfinite(values[:]).all():
-            raise ValueError("not all of it is finite")
-    except Exception as e:                      # safetensors raises its own type, and others
-        raise DataError(f"{path} cannot be read as labels ({type(e).__name__}: {e}); "
-                        f"make it with {command}.") from None
-    if found != name:
-        raise DataError(f"{path} holds {found} per token where {name} is needed; "
-                        f"make it with {command}.")
-    differing = [k for k, value in dataset.fingerprint.items() if made_from.get(k) != value]
-    if differing:
-        verb = "differs" if len(differing) == 1 else "differ"
-        raise DataError(f"{path} does not fit: its {' and '.join(differing)} {verb} from this "
-                        f"run's; run {command} again with the same --data, --model, --template and "
-                        "--native-calls.")
-    if len(starts) != len(dataset.output_starts) or starts[0] != 0:
-        raise DataError(f"{path} does not fit: it is of {len(starts) - 1} samples, not of "
-                        f"{len(dataset.output_counts)}; run {command} again.")
-    if not np.array_equal(starts, dataset.output_starts):
-        i = int(np.flatnonzero(np.diff(starts) != dataset.output_counts)[0])
-        raise DataError(f"{path} does not fit: sample {dataset.samples[i].id!r} is in only one of "
-                        f"the two; use the --max-length that {command} was run with.")
-    return Labels(values, threshold) if kind == "shad" else values
-
-
-# --------------------------------------------------------------------------------------------------
-# The three steps
-
-def run(options: Options, dataset: Dataset, model: Transformer):
-    """SHAD on a dataset; writes options.out and returns (LD (output tokens,) float32, summary).
-
-    `model` ends as the discriminator: since the base losses are taken before it is tuned, one copy
-    is enough. A run that was killed resumes from the losses and the tuned model that it left in
-    options.out/parts.
-    """
-    on_rank_0(claim, options.out, FILES, "shad.py")
-    work_dir = os.path.join(options.out, "parts")
-    times = [time.perf_counter()]
-
-    # 1. Shuffle: outputs change places among a few samples, so that none follows from its input.
-    # With fewer than 96 samples the discriminator learns nothing; a tenth stays as it is, to check
-    # what it has learned.
-    kept = len(dataset.kept)
-    count = options.shuffle if options.shuffle > 1 else max(96, options.shuffle * kept)
-    fraction = min(count, kept - kept // 10) / kept
-    samples = dataset.samples.select(dataset.kept)
-    shuffled, drawn = shuffle_outputs(samples, fraction, options.seed)
-    drawn = dataset.kept[drawn]
-    open_work_dir(work_dir, run_settings(options, dataset))
-
-    # 2. Tune the model on them. Its own losses are taken first.
-    base_losses = token_losses(model, dataset, options.micro_tokens, "losses of the base model",
-                               os.path.join(work_dir, "base losses"))
-    times.append(time.perf_counter())
-    tuned_model = os.path.join(work_dir, "tuned model")
-    if on_rank_0(damaged_file, tuned_model):            # or not there
-        tune(model, shuffled_datasets(dataset, drawn, shuffled, options), options)
-        save_tuned_model(model, tuned_model)
-    else:
-        model.load_weights(tuned_model)
-    times.append(time.perf_counter())
-    tuned_losses = token_losses(model, dataset, options.micro_tokens, "losses of the tuned model",
-                                os.path.join(work_dir, "tuned losses"))
-    times.append(time.perf_counter())
-    check = check_tuning(model, dataset, drawn, tuned_losses, options)
-
-    # 3. Classify: a token that became harder to predict depends on its input; LD > 0 is reasoning.
-    summary = on_rank_0(write_results, options, dataset, base_losses, tuned_losses, drawn, check,
-                        times)
-    release(options.out)
-    return load_labels(options.out, dataset).difference[:], summary
-
-
-def run_settings(options: Options, dataset: Dataset) -> dict:
-    """What must be the same for a run that resumes."""
-    # of the data the content counts
-    may_change = ("out", "export", "data", "threshold", "unit", "shard")
-    settings = {k: value for k, value in asdict(options).items() if k not in may_change}
-    return settings | dataset.fingerprint
-
-
-def write_results(options, dataset: Dataset, base_losses, tuned_losses, drawn, check, times):
-    """Write labels, page and summary into options.out; returns the summary.
-
-    drawn: the samples that were shuffled. check: by check_tuning. times: when each step began, and
-    the end.
-    """
-    difference = loss_difference(tuned_losses, base_losses)
-    if options.unit == "word":
-        difference = largest_per_word(difference, dataset)
-    unshuffled = ~tokens_of(drawn, dataset)                                 # (output tokens,)
-    is_reasoning = classify(difference, options.threshold)
-    summary = summarize(difference, is_reasoning, base_losses, tuned_losses, unshuffled,
-                        dataset.true_roles())
-    seconds = np.diff(times).round(1).tolist()
-    summary |= check
-    summary |= {"samples": len(dataset.kept), "shuffled": len(drawn),
-                "dropped": dataset.dropped,
-                "seconds": dict(zip(("base", "tune", "tuned"), seconds, strict=True))}
-    write_json(os.path.join(options.out, "summary.json"), summary)
-    losses = {"base": base_losses, "tuned": tuned_losses}
-    page = labels_page(dataset, difference, is_reasoning, options.threshold, losses, summary)
-    write_page(os.path.join(options.out, "labels.html"),
-               "SHAD: reasoning and boilerplate tokens", page)
-    # last, since the presence of the labels says that everything is there
-    save_labels(options.out, difference, dataset, {
-        "base_model": options.model, "threshold": options.threshold, "seed": options.seed})
-    remove_folder(os.path.join(options.out, "parts"))
-    print(format_summary(summary))
-    return summary
-
-
-def claim_export(path: str, create: bool = True) -> None:
-    folder, name = os.path.split(path)
-    claim(folder or ".", [name], "shad.py --export", create)
-
-
-# --------------------------------------------------------------------------------------------------
 # Beyond the paper: was the tuning enough, and labels by word
 
 def check_tuning(model, dataset: Dataset, drawn, tuned_losses, options: Options) -> dict:
@@ -545,7 +480,7 @@ def largest_per_word(difference, dataset: Dataset) -> np.ndarray:
     """LD by word: every token is given the largest LD of its word; both (output tokens,) float32.
 
     Later tokens of a word follow from its first ones, with or without the input, so that their own
-    LD is near 0. A token goes on with a word where a letter, digit or _ meets another.
+    LD is near 0. A token continues a word where two of its letters, digits or _ meet.
     """
     starts = []                             # whether a word starts at each token
     for i in dataset.kept:
@@ -562,6 +497,8 @@ def main():
     options = parse_options(Options, __doc__)
     device = init_distributed(options.dtype)
     rank, _ = rank_and_world()
+
+    # refuse at once what could not be written in the end
     labelled = os.path.exists(os.path.join(options.out, "labels.safetensors"))
     if labelled and not options.export:
         raise DataError(f"{options.out}/labels.safetensors is there already; "
@@ -571,6 +508,8 @@ def main():
         on_rank_0(claim, options.out, FILES, "shad.py", False)
     if options.export:
         on_rank_0(claim_export, options.export, False)
+
+    # label
     options.model = resolve(options.model)
     on_stop(stop_at_once(options.out))
     dataset = Dataset.load(options.data, options.model, options.template, options.max_length,
@@ -582,19 +521,23 @@ def main():
         model = Transformer.from_pretrained(options.model, device=device, shard=shard)
         limit_threads(model)
         run(options, dataset, model)
+
+    # export, and say what to run next
     if options.export and rank == 0:
-        claim_export(options.export)
         export_labels(options.export, dataset, load_labels(options.out, dataset))
-        release(os.path.dirname(options.export) or ".")
-        print(f"\nwrote {options.export}, one line per sample: {len(dataset.kept):,}")
     if rank == 0 and not labelled:
-        arguments = ["--model", options.model, "--data", *options.data,
-                     "--max-length", str(options.max_length), "--template", options.template,
-                     *(["--native-calls"] if options.native_calls else []),
-                     "--method", "rft", "--labels", options.out]
-        print(f"\nwrote {options.out}/labels.safetensors, summary.json and labels.html "
-              "(open it in a browser). Next:\n"
-              f"  python train.py {shlex.join(arguments)} --out OUT")
+        print_result(options)
+
+
+def print_result(options: Options) -> None:
+    """Say what was written, and what to run next."""
+    arguments = ["--model", options.model, "--data", *options.data,
+                 "--max-length", str(options.max_length), "--template", options.template,
+                 *(["--native-calls"] if options.native_calls else []),
+                 "--method", "rft", "--labels", options.out]
+    print(f"\nwrote {options.out}/labels.safetensors, summary.json and labels.html "
+          "(open it in a browser). Next:\n"
+          f"  python train.py {shlex.join(arguments)} --out OUT")
 
 
 if __name__ == "__main__":

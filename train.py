@@ -35,12 +35,14 @@ import torch
 from tqdm import tqdm
 
 import rft
-from baselines.labels import check_labels, method_labels
+from baselines.labels import check_labels, method_labels, select_tokens
 from data import Dataset, collate, epoch_batches, micro_batches
 from model import CheckpointError, Transformer, resolve
 from rft import METHODS, group_losses
 from support.checkpoints import (
     complete_checkpoints,
+    exit_stopped,
+    finished_before,
     load_checkpoint,
     on_stop,
     open_metrics,
@@ -49,7 +51,7 @@ from support.checkpoints import (
     stop_after_this_step,
     told_to_stop,
 )
-from support.cli import DataError, option, parse_options, run_script
+from support.cli import HELP, DataError, option, parse_options, run_script
 from support.distributed import (
     all_reduce_gradients,
     barrier,
@@ -100,15 +102,9 @@ class Options:
     batch_tokens: int = option(8192, "tokens per global batch", low=1)
     micro_tokens: int = option(4096, "tokens per forward on one rank, padding included", low=1)
     max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
-    template: str = option("auto", "chat template; auto: the checkpoint's own, else chatml if the "
-                                   "tokenizer has its tokens, else plain",
-                           choices=["auto", "chatml", "plain"])
-    native_calls: bool = option(False, "send APIGen's and ShareGPT's calls through the "
-                                       "checkpoint's own chat template, as tool calls; "
-                                       "else they are text")
-    dtype: str = option("auto", "precision of matrix products; auto: bfloat16 where the CPU or GPU "
-                                "multiplies it natively, else float32",
-                        choices=["auto", "float32", "bfloat16"])
+    template: str = option("auto", HELP["template"], choices=["auto", "chatml", "plain"])
+    native_calls: bool = option(False, HELP["native_calls"])
+    dtype: str = option("auto", HELP["dtype"], choices=["auto", "float32", "bfloat16"])
     seed: int = option(0, "seed of the batch order")
     # scale and safety
     checkpoint_every: int = option(500, "steps between checkpoints in OUT/checkpoints; 0: only "
@@ -129,8 +125,7 @@ class Options:
 MAY_CHANGE = {"model", "data", "out", "labels", "micro_tokens", "checkpoint_every", "keep",
               "resume", "shard", "offload", "recompute", "compile", "threshold"}
 
-
-FILES = ("metrics.jsonl", "model")          # what train() makes in OUT, beside checkpoints/
+FILES = ("metrics.jsonl", "model")          # what train() makes in OUT, besides checkpoints/
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,9 +146,9 @@ def backward(model, dataset: Dataset, labels, batch, options: Options) -> dict:
     single = len(pieces) == 1                               # on every rank
 
     def forward(indices):
-        tokens, targets, of_tokens = collate(dataset, indices, labels, device)
+        tokens, targets, target_labels = collate(dataset, indices, labels, device)
         with mixed_precision(device):
-            return model(tokens, targets), of_tokens, targets != -100               # (B, T) each
+            return model(tokens, targets), target_labels, targets != -100           # (B, T) each
 
     # Some weights need the losses of the whole batch before any backward. That is one more pass,
     # without gradients; a single micro-batch is passed once and its graph kept.
@@ -173,22 +168,22 @@ def backward(model, dataset: Dataset, labels, batch, options: Options) -> dict:
         sums[name] = torch.zeros(2, device=device)
     for k, indices in enumerate(pieces):
         reuse = single and first_pass
-        losses, of_tokens, is_output = first_pass[0] if reuse else forward(indices)
+        losses, target_labels, is_output = first_pass[0] if reuse else forward(indices)
         if selected:
-            of_tokens = selected[k]
-        loss, w = loss_function(losses, of_tokens, is_output, totals, options)
+            target_labels = selected[k]
+        loss, w = loss_function(losses, target_labels, is_output, totals, options)
         loss.backward()
         sums["loss"] += loss.detach()
         sums["w"] += w
         if has_groups(labels):
-            L, n = group_losses(losses.detach(), of_tokens, is_output, "sum")       # (2, B)
+            L, n = group_losses(losses.detach(), target_labels, is_output, "sum")       # (2, B)
             sums["L"] += L.sum(1)
             sums["n"] += n.sum(1)
     return sums
 
 
 def has_groups(labels) -> bool:
-    """Do these labels, or None, tell two groups of tokens apart? Others are losses or rewards."""
+    """False for the labels of rho1 and rewardft: losses or rewards, instead of two groups."""
     return labels is None or labels[:0].dtype == bool
 
 
@@ -201,19 +196,19 @@ def needs_all_losses(options: Options) -> bool:
 def batch_totals(first_pass, dataset, labels, batch, options: Options, device) -> rft.Totals:
     """What rft.py must know of a global batch; every rank reads the labels of all of it.
 
-    first_pass: the (losses, labels, is_output) of this rank's micro-batches, where needed.
+    first_pass: (losses, labels, is_output) per micro-batch of this rank; [] where none is needed.
     """
     totals = rft.Totals(len(batch), int(dataset.output_counts[batch].sum()))
     _, kind = METHODS[options.method]
     by_batch = options.scope == "batch" and kind in ("shad", "regex")
     if kind == "reward" or by_batch:
         starts = dataset.output_starts
-        of_batch = np.concatenate([labels[starts[i]:starts[i + 1]] for i in batch])
-        of_batch = torch.from_numpy(of_batch).to(device)                            # (tokens,)
+        batch_labels = np.concatenate([labels[starts[i]:starts[i + 1]] for i in batch])
+        batch_labels = torch.from_numpy(batch_labels).to(device)                    # (tokens,)
     if kind == "reward":
-        totals.weight = rft.reward_weights(of_batch).sum()
+        totals.weight = rft.reward_weights(batch_labels).sum()
     if by_batch:
-        totals.n = torch.stack([(~of_batch).sum(), of_batch.sum()])
+        totals.n = torch.stack([(~batch_labels).sum(), batch_labels.sum()])
     if by_batch and first_pass:
         totals.L = torch.zeros(2, device=device)
         for losses, is_reasoning, is_output in first_pass:
@@ -223,26 +218,6 @@ def batch_totals(first_pass, dataset, labels, batch, options: Options, device) -
         if options.reduce == "mean":
             totals.L /= totals.n.clamp(min=1)
     return totals
-
-
-def select_tokens(first_pass, pieces, totals, dataset, batch, options: Options) -> list:
-    """Which tokens rho1 selects in each micro-batch: [(B, T) bool]; sets totals.weight to how many.
-
-    Each rank writes the excess losses of its tokens into their places among all of the batch.
-    """
-    counts = dataset.output_counts[batch]
-    starts = dict(zip(batch.tolist(), np.cumsum(counts) - counts, strict=True))
-    excess = torch.zeros(totals.tokens, device=first_pass[0][0].device)
-    of_pieces = []
-    for (losses, reference, is_output), indices in zip(first_pass, pieces, strict=True):
-        of_pieces.append(losses.detach() - reference)                               # (B, T)
-        for b, i in enumerate(indices):
-            of_sample = of_pieces[-1][b][is_output[b]]
-            excess[starts[i]:starts[i] + len(of_sample)] = of_sample
-    sum_over_ranks(excess)              # each token is filled in by one rank and 0 on the others
-    threshold = rft.selection_threshold(excess, options.keep_share)
-    totals.weight = (excess >= threshold).sum()
-    return [piece >= threshold for piece in of_pieces]
 
 
 def learning_rate(step: int, steps: int, options: Options) -> float:
@@ -255,7 +230,7 @@ def learning_rate(step: int, steps: int, options: Options) -> float:
 
 
 def metrics_row(step: int, sums: dict, grouped: bool, lr, norm, tokens_per_s) -> dict:
-    """One line of metrics.jsonl; sums: over all ranks. Without groups their figures are None."""
+    """One line of metrics.jsonl. sums: over all ranks. Figures of groups are None without them."""
     L = sums["L"].tolist()
     n = sums["n"].tolist()
     w = sums["w"].tolist()
@@ -268,7 +243,7 @@ def metrics_row(step: int, sums: dict, grouped: bool, lr, norm, tokens_per_s) ->
 
 
 @torch.no_grad()
-def not_finite(model, dataset: Dataset, batch, options: Options) -> list[str]:
+def samples_not_finite(model, dataset: Dataset, batch, options: Options) -> list[str]:
     """The ids of the samples of a batch whose loss is not finite."""
     rank, world = rank_and_world()
     device = model.device
@@ -276,9 +251,9 @@ def not_finite(model, dataset: Dataset, batch, options: Options) -> list[str]:
     for indices in micro_batches(batch, dataset.lengths, options.micro_tokens, rank, world):
         tokens, targets, _ = collate(dataset, indices, device=device)
         with mixed_precision(device):
-            totals = model(tokens, targets).sum(1)                                  # (B,)
-        for i, total in zip(indices, totals, strict=False):     # an empty micro-batch has one row
-            bad[i] = not total.isfinite()
+            losses = model(tokens, targets).sum(1)                                  # (B,)
+        for i, loss in zip(indices, losses, strict=False):      # an empty micro-batch has one row
+            bad[i] = not loss.isfinite()
     sum_over_ranks(bad)
     return [dataset.samples[int(i)].id for i in bad.nonzero()]
 
@@ -288,7 +263,7 @@ def check_finite(loss, norm, step, model, dataset, batch, options) -> None:
     if math.isfinite(loss) and math.isfinite(norm):
         return
     what = "gradient" if math.isfinite(loss) else "loss"
-    ids = not_finite(model, dataset, batch, options)
+    ids = samples_not_finite(model, dataset, batch, options)
     ids = ids or [dataset.samples[int(i)].id for i in batch]
     plural = "s" if len(ids) > 1 else ""
     others = " and others" if len(ids) > 8 else ""
@@ -325,7 +300,9 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
         batch = batches[step]
 
         # set the learning rate of this step
-        lr = set_learning_rate(optimizer, learning_rate(step, len(batches), options))
+        lr = learning_rate(step, len(batches), options)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
 
         # forward and backward of this rank's share, then the sum over ranks: one global batch
         sums = backward(model, dataset, labels, batch, options)
@@ -352,7 +329,7 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
         if stop or (options.checkpoint_every and (step + 1) % options.checkpoint_every == 0):
             save_checkpoint(options.out, step + 1, model, optimizer, settings, options.keep)
         if stop:
-            exit_stopped(step + 1, len(batches), options)
+            exit_stopped(step + 1, len(batches), options.out)
     bar.close()
     if rank == 0:
         log.close()
@@ -360,14 +337,6 @@ def train(model: Transformer, dataset: Dataset, labels, options: Options, watch=
               dataset.renderer.directory)
     release(options.out)
     return metrics
-
-
-def exit_stopped(step: int, steps: int, options: Options) -> None:
-    """End the process with exit code 0, after a checkpoint at `step` of `steps`."""
-    if rank_and_world()[0] == 0:
-        print(f"\ntold to stop: {options.out}/checkpoints holds step {step} of "
-              f"{steps}; the same command with --resume goes on.")
-    sys.exit(0)
 
 
 def run_settings(model: Transformer, dataset: Dataset, labels, options: Options) -> dict:
@@ -400,26 +369,15 @@ def make_optimizer(model: Transformer, options: Options) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
 
 
-def set_learning_rate(optimizer, lr: float) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
 def log_step(log, bar, row: dict, grouped: bool) -> None:
-    """Append a step to metrics.jsonl, and show it at the progress bar."""
+    """Append a step to metrics.jsonl, and show its losses at the progress bar."""
     with writing(log.name):
         log.write(json.dumps(row) + "\n")
         log.flush()
-    bar.set_postfix(progress(row, grouped))
-
-
-def progress(row: dict, grouped: bool) -> dict:
-    """What the progress bar shows of a step: its loss, and each group's where there are groups."""
     shown = {"loss": row["loss"]}
     if grouped:
         shown |= {"r": row["loss_reasoning"] or 0, "b": row["loss_boilerplate"] or 0}
-    return {name: f"{value:.3f}" for name, value in shown.items()}
+    bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
 
 
 def main():
@@ -427,10 +385,14 @@ def main():
     check_labels(options)
     device = init_distributed(options.dtype)
     rank, _ = rank_and_world()
+
+    # refuse at once what could not be written in the end
     on_rank_0(claim, options.out, FILES, "train.py", False)
-    if finished_before(options):
+    if finished_before(options.out, options.resume):
         return
     barrier()                                   # every rank has looked before one begins to write
+
+    # the data
     options.model = resolve(options.model)
     on_stop(stop_at_once(os.path.join(options.out, "labels")))
     dataset = Dataset.load(options.data, options.model, options.template, options.max_length,
@@ -455,27 +417,8 @@ def main():
         print_result(metrics, options)
 
 
-def finished_before(options: Options) -> bool:
-    """True where --resume finds a finished run. Raises DataError for a run that would be harmed."""
-    root = os.path.join(options.out, "checkpoints")
-    if os.path.exists(os.path.join(options.out, "model", "config.json")):
-        if options.resume:
-            if rank_and_world()[0] == 0:
-                print(f"{options.out}/model is finished: nothing to resume")
-            return True
-        raise DataError(f"{options.out}/model already holds a trained model; "
-                        "choose another --out, or remove it.")
-    metrics = os.path.join(options.out, "metrics.jsonl")
-    begun = [root] if os.path.isdir(root) and os.listdir(root) else []
-    begun += [metrics] if os.path.isfile(metrics) and os.path.getsize(metrics) else []
-    if begun and not options.resume:
-        raise DataError(f"{begun[0]} holds an unfinished run; go on with --resume, "
-                        "choose another --out, or remove it.")
-    return False
-
-
 def print_result(metrics: list[dict], options: Options) -> None:
-    """What was made, and what to do next."""
+    """Say what was written, and what to run next."""
     text = f"{options.method}: {len(metrics)} steps"
     if metrics:
         last = metrics[-1]

@@ -26,7 +26,7 @@ from model import CheckpointError, Transformer, resolve
 from shad import token_losses
 from support import distributed
 from support.checkpoints import save_model
-from support.cli import DataError, option, parse_options, run_script
+from support.cli import HELP, DataError, option, parse_options, run_script
 from support.files import claim
 from support.readers import read_record, read_records, split_slice
 from support.records import reading
@@ -47,9 +47,7 @@ class Options:
     template: str = option("auto", "chat template", choices=["auto", "chatml", "plain"])
     shard: str = option("auto", "split the model over the ranks; auto: with several GPUs",
                         choices=["auto", "yes", "no"])
-    dtype: str = option("auto", "precision of matrix products; auto: bfloat16 where the CPU or GPU "
-                                "multiplies it natively, else float32",
-                        choices=["auto", "float32", "bfloat16"])
+    dtype: str = option("auto", HELP["dtype"], choices=["auto", "float32", "bfloat16"])
     seed: int = option(0, "seed of the batch order")
 
 

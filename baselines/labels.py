@@ -2,12 +2,15 @@
 import os
 import shlex
 
+import numpy as np
+import torch
+
 import shad
 from baselines.regex_labels import regex_labels
 from model import Transformer
-from rft import METHODS
+from rft import METHODS, selection_threshold
 from support.cli import DataError
-from support.distributed import rank_and_world
+from support.distributed import rank_and_world, sum_over_ranks
 
 
 def check_labels(options) -> None:
@@ -52,3 +55,25 @@ def method_labels(options, dataset, device, shard):
     if isinstance(labels, shad.Labels) and options.threshold is not None:
         labels.threshold = options.threshold
     return labels
+
+
+def select_tokens(first_pass, pieces, totals, dataset, batch, options) -> list:
+    """Which tokens rho1 selects: (B, T) bool per micro-batch. Sets totals.weight to their number.
+
+    first_pass: (losses, reference losses, is_output) per micro-batch of this rank, (B, T) each;
+    pieces: their samples. The threshold is that of the global batch, of which every rank gathers
+    all excess losses.
+    """
+    counts = dataset.output_counts[batch]
+    starts = dict(zip(batch.tolist(), np.cumsum(counts) - counts, strict=True))
+    excess = torch.zeros(totals.tokens, device=first_pass[0][0].device)
+    by_piece = []
+    for (losses, reference, is_output), indices in zip(first_pass, pieces, strict=True):
+        by_piece.append(losses.detach() - reference)                                # (B, T)
+        for b, i in enumerate(indices):
+            own = by_piece[-1][b][is_output[b]]
+            excess[starts[i]:starts[i] + len(own)] = own
+    sum_over_ranks(excess)              # each token is filled in by one rank and 0 on the others
+    threshold = selection_threshold(excess, options.keep_share)
+    totals.weight = (excess >= threshold).sum()
+    return [piece >= threshold for piece in by_piece]

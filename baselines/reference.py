@@ -20,7 +20,7 @@ from functools import partial
 from data import Dataset
 from model import CheckpointError, Transformer, resolve
 from shad import save_labels, token_losses
-from support.cli import DataError, option, parse_options, run_script
+from support.cli import HELP, DataError, option, parse_options, run_script
 from support.distributed import (
     barrier,
     init_distributed,
@@ -42,9 +42,7 @@ class Options:
     max_length: int = option(2048, "longer samples are dropped, in tokens", low=2)
     template: str = option("auto", "chat template", choices=["auto", "chatml", "plain"])
     native_calls: bool = option(False, "as train.py is to be given it")
-    dtype: str = option("auto", "precision of matrix products; auto: bfloat16 where the CPU or GPU "
-                                "multiplies it natively, else float32",
-                        choices=["auto", "float32", "bfloat16"])
+    dtype: str = option("auto", HELP["dtype"], choices=["auto", "float32", "bfloat16"])
     shard: str = option("auto", "split the model over the ranks (FSDP2); auto: with several GPUs",
                         choices=["auto", "yes", "no"])
 

@@ -40,6 +40,25 @@ def complete_checkpoints(root: str) -> list[str]:
     return sorted(name for name in os.listdir(root) if re.fullmatch(r"step-\d+", name))
 
 
+def finished_before(out: str, resume: bool) -> bool:
+    """True where --resume finds a finished run. Raises DataError for a run that would be harmed."""
+    root = os.path.join(out, "checkpoints")
+    if os.path.exists(os.path.join(out, "model", "config.json")):
+        if resume:
+            if rank_and_world()[0] == 0:
+                print(f"{out}/model is finished: nothing to resume")
+            return True
+        raise DataError(f"{out}/model already holds a trained model; "
+                        "choose another --out, or remove it.")
+    metrics = os.path.join(out, "metrics.jsonl")
+    begun = [root] if os.path.isdir(root) and os.listdir(root) else []
+    begun += [metrics] if os.path.isfile(metrics) and os.path.getsize(metrics) else []
+    if begun and not resume:
+        raise DataError(f"{begun[0]} holds an unfinished run; go on with --resume, "
+                        "choose another --out, or remove it.")
+    return False
+
+
 def training_state(model, optimizer) -> dict[str, torch.Tensor]:
     """Every tensor that training changes, by name.
 
@@ -261,3 +280,11 @@ def stop_after_this_step(number, _) -> None:
         print("\nstopping after this step, with a checkpoint; Ctrl-C again to stop at once",
               file=sys.stderr)
         signal.signal(number, signal.default_int_handler)
+
+
+def exit_stopped(step: int, steps: int, out: str) -> None:
+    """End the process with exit code 0, after a checkpoint at `step` of `steps`."""
+    if rank_and_world()[0] == 0:
+        print(f"\ntold to stop: {out}/checkpoints holds step {step} of "
+              f"{steps}; the same command with --resume goes on.")
+    sys.exit(0)

@@ -13,6 +13,17 @@ class DataError(ValueError):
     """Input that cannot be used as it is; the message names the file, the record and the remedy."""
 
 
+# help texts of the options that several scripts have
+HELP = {
+    "template": "chat template; auto: the checkpoint's own, else chatml if the tokenizer has its "
+                "tokens, else plain",
+    "native_calls": "send APIGen's and ShareGPT's calls through the checkpoint's own chat "
+                    "template, as tool calls; else they are text",
+    "dtype": "precision of matrix products; auto: bfloat16 where the CPU or GPU multiplies it "
+             "natively, else float32",
+}
+
+
 def option(default, help: str, low=0, high=2**32, **argparse_arguments):
     """A dataclass field that is also a command-line flag; a number must be in [low, high]."""
     metadata = {"help": help, "range": (low, high), **argparse_arguments}

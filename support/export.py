@@ -1,9 +1,16 @@
 """Labels for other trainers: what shad.py --export writes, one JSON object per sample."""
 import json
+import os
 
 import numpy as np
 
-from support.files import replacing
+from support.files import claim, release, replacing
+
+
+def claim_export(path: str, create: bool = True) -> None:
+    """See support.files.claim; the folder is the one that the file will lie in."""
+    folder, name = os.path.split(path)
+    claim(folder or ".", [name], "shad.py --export", create)
 
 
 def export_labels(path: str, dataset, labels) -> None:
@@ -18,6 +25,7 @@ def export_labels(path: str, dataset, labels) -> None:
       outputs          per output turn, without its end: its "text" and its "spans", [start, end,
                        "reasoning" or "boilerplate"], in characters, which tile the text
     """
+    claim_export(path)
     with replacing(path) as file:
         for i in dataset.kept:
             here = slice(dataset.output_starts[i], dataset.output_starts[i + 1])
@@ -32,6 +40,8 @@ def export_labels(path: str, dataset, labels) -> None:
                 "loss_difference": labels.difference[here].astype(float).round(6).tolist(),
                 "outputs": output_spans(dataset, i, labels[here])}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    release(os.path.dirname(path) or ".")
+    print(f"\nwrote {path}, one line per sample: {len(dataset.kept):,}")
 
 
 def output_spans(dataset, i: int, is_reasoning) -> list[dict]:

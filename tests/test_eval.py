@@ -16,13 +16,14 @@ import pytest
 import eval
 from benchmarks import judge_outputs, stabletoolbench, toy, wilson
 from data import Dataset
-from eval import ask_saving, make_responder, read_outputs, single_turn
+from eval import make_responder, single_turn
 from model import Transformer
 from processes import in_float32, launch, wait_until
 from shad import save_labels
 from stable import query
 from support.cli import DataError
 from support.generate import generate
+from support.outputs import ask_saving, read_outputs
 from support.readers import Message, toy_samples
 from support.templates import Renderer
 from test_chat_template import TEMPLATES, make_chat_checkpoint

@@ -86,7 +86,7 @@ def reproduce(out: str = "out", seed: int = 0) -> dict:
         model=TOY, data=["toy"], out=os.path.join(out, "labels"), seed=seed, **SHAD)
     difference, shad_summary = shad.run(options, dataset, base())
 
-    # both methods side by side, on one core each; but several ranks must take the same turns
+    # both methods side by side, on one core each; but several ranks need one order of collectives
     stop = threading.Event()
 
     def train_by(method):
