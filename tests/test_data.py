@@ -200,10 +200,13 @@ def test_a_cached_dataset_is_mapped_and_not_read(chatml, tmp_path):
     for count in counts:
         path = write(tmp_path / f"{count}.json", apigen(100) * (count // 100))
         made = Dataset.load([path], chatml, "auto", 2048)
-        tracemalloc.start()
-        found = Dataset.load([path], chatml, "auto", 2048)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+        peak = []
+        for _ in range(3):                  # the least of them: other threads allocate, too
+            tracemalloc.start()
+            found = Dataset.load([path], chatml, "auto", 2048)
+            peak.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        peaks.append(min(peak))
         assert np.array_equal(found.ids[-1], made.ids[-1])
         assert found.samples[-1] == made.samples[-1]
     numbers = 3 * 8 * (counts[1] - counts[0])
