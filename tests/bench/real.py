@@ -35,9 +35,11 @@ from support.readers import read_samples
 from support.records import read_object, read_records
 from support.templates import Renderer
 from tests.bench import measure
+from tests.bench.shad import FIGURES, figures_of
 
 BY_WORD = "rft, by word"
 TRUE_ROLES = "rft, true roles"
+THRESHOLDS = (-0.05, 0.0, 0.02, 0.1)        # of LD, in nats; the paper's is 0
 NAMES = ["sft", "regex+rft", "alpha", "rft", BY_WORD, TRUE_ROLES]
 
 
@@ -105,6 +107,24 @@ def make_labels(dataset: Dataset, options: Options) -> None:
     shad.run(settings, dataset, Transformer.from_pretrained(options.model))
 
 
+def label_rows(dataset: Dataset, options: Options) -> list[list[str]]:
+    """SHAD's labels against the true roles, on the samples that were not shuffled."""
+    labels = shad.load_labels(os.path.join(options.out, "labels"), dataset)
+    fraction = options.shuffle / len(dataset.kept)
+    _, drawn = shad.shuffle_outputs(dataset.samples, fraction, seed=0)      # as shad.run has drawn
+    rest = np.setdiff1d(dataset.kept, drawn)
+    unshuffled = Dataset(dataset.samples.select(rest), dataset.renderer, options.max_length)
+    is_unshuffled = shad.tokens_of(rest, dataset)                           # (output tokens,)
+    by_token = labels.difference[:]
+    rows = [["labels", "threshold", *FIGURES]]
+    for unit, difference in {"by token": by_token,
+                             "by word": shad.largest_per_word(by_token, dataset)}.items():
+        for threshold in THRESHOLDS:
+            above = difference[is_unshuffled] - threshold
+            rows.append([unit, threshold, *figures_of(unshuffled, above, has_prose=False)])
+    return rows
+
+
 def labels_for(name: str, dataset: Dataset, options: Options):
     if name == TRUE_ROLES:
         return dataset.true_roles()["reasoning"]
@@ -170,6 +190,9 @@ def main():
     dataset, held_out = load_data(options)
     if set(options.methods) - {"sft", "regex+rft", TRUE_ROLES}:
         make_labels(dataset, options)
+        rows = label_rows(dataset, options)
+        measure.print_heading(f"SHAD: {options.shuffle} of {dataset.describe()}")
+        print(measure.table(rows[0], rows[1:]))
     tasks = [("base", 0, options)]
     for seed in range(options.seeds):
         tasks += [(name, seed, options) for name in options.methods]

@@ -27,8 +27,9 @@ from support.templates import Renderer
 from tests.bench import measure
 
 OTHER_ROLES = SPAN_ROLES[1:]
-HEADER = ["held out", "shuffled", "lr", "epochs", "seed", "labels", "error", "error, clear",
-          "AUC, clear", "precision", "recall", *(f"{role} called so" for role in OTHER_ROLES),
+FIGURES = ["error", "error, clear", "AUC, clear", "precision", "recall",
+           *(f"{role} called so" for role in OTHER_ROLES)]
+HEADER = ["held out", "shuffled", "lr", "epochs", "seed", "labels", *FIGURES,
           "loss, right input", "loss, wrong input", "loss of reasoning"]
 
 
