@@ -202,7 +202,8 @@ arguments = ([sys.argv[1]], sys.argv[2], "auto", 2048)
 made = Dataset.load(*arguments)
 tracemalloc.start()
 found = Dataset.load(*arguments)
-print(tracemalloc.get_traced_memory()[1], len(found.roles))
+held, _ = tracemalloc.get_traced_memory()
+print(held, len(found.roles))
 assert (found.ids[-1] == made.ids[-1]).all()
 assert found.samples[-1] == made.samples[-1]
 """
@@ -211,17 +212,17 @@ assert found.samples[-1] == made.samples[-1]
 def test_a_cached_dataset_is_mapped_and_not_read(chatml, tmp_path):
     """Ten times the samples take only three numbers more per sample: length, outputs and kept.
 
-    In processes of their own, where nothing else allocates.
+    That is what is held; while files are checked, each thread has a buffer besides.
     """
-    peaks = []
+    held = []
     counts = (400, 4_000)
     for count in counts:
         path = write(tmp_path / f"{count}.json", apigen(100) * (count // 100))
         done = subprocess.run([sys.executable, "-c", LOAD, str(path), str(chatml)], cwd=ROOT,
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        peak, roles = map(int, done.stdout.split())
-        peaks.append(peak)
+        bytes_held, roles = map(int, done.stdout.split())
+        held.append(bytes_held)
     numbers = 3 * 8 * (counts[1] - counts[0])
-    assert peaks[1] - peaks[0] < 1.3 * numbers
+    assert held[1] - held[0] < 1.1 * numbers
     assert roles > 5 * numbers          # reading even the smallest array would show
